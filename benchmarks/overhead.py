@@ -1,0 +1,282 @@
+"""What does a trainer cost? The smallest step there is, under each trainer, against the bare loop.
+
+MLP 16-32-4, batch 32, SGD, batches ready in memory, one torch thread: some 200 µs of work, so that
+whatever a trainer does in a step shows. A second table does the same for a GAN of two such MLPs.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from models import GAN, WORKLOADS, Supervised
+from timing import (
+    CONTROL,
+    Segment,
+    Train,
+    arguments,
+    console,
+    gather_contestants,
+    in_process,
+    machine,
+    overhead_table,
+    race,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+COMPOSEFIT = "composefit, one self.log"
+PEERS = ("lightning", "pytorch-ignite", "accelerate", "torchtnt", "keras")
+
+
+def composefit(work: Supervised | GAN) -> Train:
+    import ours
+
+    return functools.partial(ours.train, work, strategy="single")
+
+
+def ignite(work: Supervised) -> Train:
+    from ignite.engine import create_supervised_trainer
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        model = work.build()
+        optimizer = work.optimizer(model.parameters())
+        create_supervised_trainer(model, optimizer, F.cross_entropy).run(batches)
+        return model.parameters()
+
+    return train
+
+
+def ignite_gan(work: GAN) -> Train:
+    from ignite.engine import Engine
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        # The whole step is the user's: there is nothing but a loop around it.
+        generator, critic = work.build()
+        generator_optimizer = work.optimizer(generator.parameters())
+        critic_optimizer = work.optimizer(critic.parameters())
+
+        def step(engine: Engine, batch: tuple[Tensor]) -> float:
+            (real,) = batch
+            ones, zeros = torch.ones(len(real)), torch.zeros(len(real))
+            critic.zero_grad()
+            loss = F.binary_cross_entropy(critic(real).flatten(), ones)
+            loss.backward()
+            fake = generator(torch.randn(len(real), *work.noise))
+            F.binary_cross_entropy(critic(fake.detach()).flatten(), zeros).backward()
+            critic_optimizer.step()
+            generator.zero_grad()
+            F.binary_cross_entropy(critic(fake).flatten(), ones).backward()
+            generator_optimizer.step()
+            return loss.item()
+
+        Engine(step).run(batches)
+        return [*generator.parameters(), *critic.parameters()]
+
+    return train
+
+
+def accelerate(work: Supervised) -> Train:
+    from accelerate import Accelerator
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        model = work.build()
+        accelerator = Accelerator(cpu=True)
+        # Batches are ready in memory, so that the loader is left as it is.
+        model, optimizer = accelerator.prepare(model, work.optimizer(model.parameters()))
+        for inputs, labels in batches:
+            optimizer.zero_grad()
+            accelerator.backward(F.cross_entropy(model(inputs), labels))
+            optimizer.step()
+        return model.parameters()
+
+    return train
+
+
+def auto_unit(work: Supervised) -> Train:
+    with warnings.catch_warnings():  # its pkg_resources is deprecated
+        warnings.simplefilter("ignore")
+        from torchtnt.framework.auto_unit import AutoUnit
+        from torchtnt.framework.train import train as tnt_train
+
+    class Unit(AutoUnit[tuple[Tensor, Tensor]]):
+        def compute_loss(self, state: Any, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            inputs, labels = data
+            outputs = self.module(inputs)
+            return F.cross_entropy(outputs, labels), outputs
+
+        def configure_optimizers_and_lr_scheduler(
+            self, module: nn.Module
+        ) -> tuple[torch.optim.Optimizer, None]:
+            return work.optimizer(module.parameters()), None
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        unit = Unit(module=work.build(), device=torch.device("cpu"))
+        tnt_train(unit, batches, max_epochs=1)
+        return unit.module.parameters()
+
+    return train
+
+
+def _lightning_trainer() -> Any:
+    import lightning.pytorch as lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+
+
+def lightning(work: Supervised, *, log: bool) -> Train:
+    from lightning.pytorch import LightningModule
+
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = work.build()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return work.optimizer(self.model.parameters())
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            inputs, labels = batch
+            loss = F.cross_entropy(self.model(inputs), labels)
+            if log:
+                self.log("loss", loss)
+            return loss
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        module = Classifier()
+        _lightning_trainer().fit(module, batches)
+        return module.parameters()
+
+    return train
+
+
+def lightning_gan(work: GAN) -> Train:
+    from lightning.pytorch import LightningModule
+
+    class Adversaries(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.generator, self.critic = work.build()
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [
+                work.optimizer(self.generator.parameters()),
+                work.optimizer(self.critic.parameters()),
+            ]
+
+        # As in Lightning's own GAN example.
+        def training_step(self, batch: tuple[Tensor]) -> None:
+            (real,) = batch
+            generator_optimizer, critic_optimizer = self.optimizers()
+            ones, zeros = torch.ones(len(real)), torch.zeros(len(real))
+            fake = self.generator(torch.randn(len(real), *work.noise))
+
+            self.toggle_optimizer(critic_optimizer)
+            loss = F.binary_cross_entropy(self.critic(real).flatten(), ones)
+            loss = loss + F.binary_cross_entropy(self.critic(fake.detach()).flatten(), zeros)
+            self.log("critic_loss", loss)
+            self.manual_backward(loss)
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            self.untoggle_optimizer(critic_optimizer)
+
+            self.toggle_optimizer(generator_optimizer)
+            self.manual_backward(F.binary_cross_entropy(self.critic(fake).flatten(), ones))
+            generator_optimizer.step()
+            generator_optimizer.zero_grad()
+            self.untoggle_optimizer(generator_optimizer)
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        module = Adversaries()
+        _lightning_trainer().fit(module, batches)
+        return module.parameters()
+
+    return train
+
+
+def keras(work: Supervised) -> Train:
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras as k
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        layers = [layer for layer in work.build().modules() if isinstance(layer, nn.Linear)]
+        model = k.Sequential([k.Input((layers[0].in_features,))])
+        for layer in layers:
+            activation = None if layer is layers[-1] else "relu"
+            dense = k.layers.Dense(layer.out_features, activation=activation)
+            model.add(dense)
+            dense.set_weights([layer.weight.detach().T.numpy(), layer.bias.detach().numpy()])
+        model.compile(
+            optimizer=k.optimizers.SGD(0.05),
+            loss=k.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        model.fit(iter(batches), epochs=1, verbose=0)
+        return [variable.value for variable in model.trainable_variables]
+
+    return train
+
+
+def contestants_for(
+    work: Supervised | GAN, trainers: dict[str, Callable[[], Train]]
+) -> dict[str, Segment]:
+    """The bare loop, twice, and the trainers that are installed."""
+    batches = work.batches(16)
+    trainers = {"bare loop": lambda: work.train, CONTROL: lambda: work.train, **trainers}
+
+    def entry(make: Callable[[], Train]) -> Callable[[], Segment]:
+        return lambda: in_process(make(), batches, comparable=work.comparable)
+
+    return gather_contestants({name: entry(make) for name, make in trainers.items()})
+
+
+def main() -> None:
+    options = arguments(str(__doc__), rounds=60)
+    steps = 15 if options.quick else 60
+    warnings.filterwarnings("ignore", module="lightning|torchtnt|keras")
+
+    mlp, gan = WORKLOADS["smallest MLP"], WORKLOADS["tiny GAN"]
+    assert isinstance(mlp, Supervised) and isinstance(gan, GAN)
+    tables = {
+        "A step of the smallest MLP": contestants_for(
+            mlp,
+            {
+                COMPOSEFIT: lambda: composefit(mlp),
+                "Ignite": lambda: ignite(mlp),
+                "Accelerate": lambda: accelerate(mlp),
+                "tnt AutoUnit": lambda: auto_unit(mlp),
+                "Lightning, no logging": lambda: lightning(mlp, log=False),
+                "Lightning, one self.log": lambda: lightning(mlp, log=True),
+                "Keras (torch)": lambda: keras(mlp),
+            },
+        ),
+        "A step of the smallest GAN": contestants_for(
+            gan,
+            {
+                COMPOSEFIT: lambda: composefit(gan),
+                "Ignite": lambda: ignite_gan(gan),
+                "Lightning, manual optimization, one self.log": lambda: lightning_gan(gan),
+            },
+        ),
+    }
+    for title, contestants in tables.items():
+        result = race(contestants, rounds=options.rounds, steps=steps)
+        console.print(overhead_table(title, result, targets={COMPOSEFIT: 1.10}))
+    console.print(machine(*PEERS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""composefit trains PyTorch models: a step says what it means, a strategy how it is carried out."""
+
+from composefit.callbacks import Callback
+from composefit.effects import Effect, Gather, Once
+from composefit.losses import Mean, Sum
+from composefit.module import LoopModule, Step
+from composefit.optimizers import OptimizerConfig
+from composefit.strategies import SingleDevice, Strategy, ThreadDataParallel
+from composefit.trainer import Trainer
+from composefit.updates import Update
+
+__all__ = [
+    "Callback",
+    "Effect",
+    "Gather",
+    "LoopModule",
+    "Mean",
+    "Once",
+    "OptimizerConfig",
+    "SingleDevice",
+    "Step",
+    "Strategy",
+    "Sum",
+    "ThreadDataParallel",
+    "Trainer",
+    "Update",
+]

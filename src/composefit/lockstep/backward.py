@@ -1,0 +1,231 @@
+"""Gradients of all shards together: weighed, added up over time in each lane, then over the lanes.
+
+A shard's gradient is taken as soon as it yields, so that its graph is gone before the next shard in
+time runs. Its weight must then be known: that of a sample mean is, since the cut is; that of a `Mean`
+is not, so it gets a backward of its own, whose sum is divided once all weights are there. After a
+`Gather` gradients need every shard, and all are taken at the barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from composefit.effects import Share, reduced_loss, shares
+from composefit.lockstep import gradients
+from composefit.lockstep.crossings import Crossing, Roots, pull_back
+from composefit.lockstep.gradients import Gradients
+from composefit.losses import SUMMED, Loss, Term, as_loss
+
+
+class Place(Protocol):
+    """What is asked of a shard here."""
+
+    index: int
+    lane: int
+
+    @property
+    def samples(self) -> int:
+        """Its samples."""
+
+
+AddUp = Callable[[Sequence[Gradients], Sequence[Parameter]], Gradients]
+
+
+class Backward:
+    """The gradients of one step.
+
+    Args:
+        lanes: how many lanes there are.
+        add_up: adds the lanes' gradients, the strategy's.
+        scale_of: the loss scale of a key, or None.
+        differentiate: takes gradients for a key, explaining autograd's errors.
+    """
+
+    def __init__(
+        self, lanes: int, add_up: AddUp, scale_of: Callable[[str], Tensor | None],
+    ) -> None:
+        self.add_up = add_up
+        self.scale_of = scale_of
+        self.sums: list[dict[tuple[str, int], Gradients]] = [{} for _ in range(lanes)]
+        self.parameters: dict[str, list[Parameter]] = {}
+        self.weights: dict[str, list[list[Any]]] = {}
+        self.waiting: dict[str, list[tuple[Loss, bool]]] = {}
+        self.crossings: list[Crossing] = []
+        self.samples: list[int] = [1]
+        self.total_samples = 1
+        self._constants: dict[Any, Tensor] = {}
+
+    def begin(self, samples: list[int]) -> None:
+        """A new step, with this many samples in each shard ([1] for a single one: never asked)."""
+        self.samples = samples
+        self.total_samples = sum(samples)
+
+    def end(self) -> None:
+        """Drop whatever is left of a step."""
+        for sums in self.sums:
+            sums.clear()
+        self.parameters.clear()
+        self.weights.clear()
+        self.waiting.clear()
+        self.crossings.clear()
+
+    # -- at the yield, in the shard's worker -------------------------------------------------------
+
+    def take(
+        self, shard: Place, key: str, loss: Loss | Tensor, parameters: list[Parameter],
+        retain_graph: bool,
+    ) -> None:
+        """Take a shard's gradients now, or note that they are to be taken at the barrier."""
+        self.parameters[key] = parameters
+        if self.crossings:
+            found = self.waiting.setdefault(key, [(Loss(()), False)] * len(self.samples))
+            found[shard.index] = (as_loss(loss, "the loss"), retain_graph)
+            return
+        if isinstance(loss, Tensor):
+            cotangent = self._cotangent(loss, self._by_samples(shard), key)
+            self._add(shard.lane, key, 0, [loss], [cotangent], parameters, retain_graph)
+            return
+        parts = self._parts(shard, key, loss)
+        for i, (number, root) in enumerate(parts):
+            retain = retain_graph or i < len(parts) - 1
+            self._add(
+                shard.lane, key, number, root.outputs, root.cotangents, parameters, retain
+            )
+
+    def _parts(self, shard: Place, key: str, loss: Loss) -> list[tuple[int, Roots]]:
+        """The roots of a shard's backwards: number 0 for all terms of known denominators."""
+        known = Roots()
+        parts: list[tuple[int, Roots]] = []
+        weights: list[Any] = []
+        for term in loss.terms:
+            share = self._known(shard, term)
+            if share is not None:
+                known.outputs.append(term.total)
+                known.cotangents.append(self._cotangent(term.total, share, key))
+                continue
+            weights.append(term.weight)
+            # By the samples in place of the weights, which keeps float16 in range.
+            provisional = (1.0, self.total_samples)
+            cotangent = self._cotangent(term.total, provisional, key)
+            parts.append((len(weights), Roots([term.total], [cotangent])))
+        if weights:
+            of_shards: list[list[Any]] = [[] for _ in self.samples]
+            self.weights.setdefault(key, of_shards)[shard.index] = weights
+        return [(0, known), *parts] if known.outputs else parts
+
+    def _known(self, shard: Place, term: Term) -> Share | None:
+        if len(self.samples) == 1:
+            return shares([term.weight], self.samples)[0]
+        if term.weight is None:
+            return self._by_samples(shard)
+        return (1.0, 1.0) if term.weight is SUMMED else None
+
+    def _by_samples(self, shard: Place) -> Share:
+        return (self.samples[shard.index], self.total_samples)
+
+    def _cotangent(self, like: Tensor, share: Share, key: str) -> Tensor:
+        """What a term's backward starts with: its share of the loss, times the loss scale."""
+        numerator, denominator = share
+        if isinstance(denominator, Tensor):
+            start = self._constant(like, numerator) / denominator.to(like.device)
+        else:
+            start = self._constant(like, numerator / denominator)
+        scale = self.scale_of(key)
+        if scale is not None:
+            start = start * scale
+        return start.to(like.dtype)
+
+    def _constant(self, like: Tensor, value: float) -> Tensor:
+        key = (value, like.dtype, like.device)
+        found = self._constants.get(key)
+        if found is None:
+            if len(self._constants) >= 256:
+                self._constants.clear()
+            found = torch.full((), value, dtype=like.dtype, device=like.device)
+            self._constants[key] = found
+        return found
+
+    def _add(
+        self, lane: int, key: str, part: int, outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor], parameters: list[Parameter], retain_graph: bool,
+    ) -> None:
+        """Differentiate, and add to the lane's sum."""
+        found = gradients.differentiate(outputs, cotangents, parameters, retain_graph)
+        total = self.sums[lane].get((key, part))
+        if total is None:
+            self.sums[lane][key, part] = gradients.own(found, parameters)
+        else:
+            gradients.add_(total, found, parameters)
+
+    # -- at the barrier, in the calling thread -----------------------------------------------------
+
+    def take_waiting(
+        self, key: str, places: Sequence[Place], each: Callable[[Callable[[int], None]], None]
+    ) -> None:
+        """Take the gradients that had to wait for all shards."""
+        waiting = self.waiting.pop(key, None)
+        if waiting is None:
+            return
+        parameters = self.parameters[key]
+        columns = [loss.terms for loss, _ in waiting]
+        fractions = self._fractions(columns)
+        roots = [
+            Roots(
+                [term.total for term in terms],
+                [
+                    self._cotangent(term.total, share[i], key)
+                    for term, share in zip(terms, fractions, strict=True)
+                ],
+            )
+            for i, terms in enumerate(columns)
+        ]
+        pull_back(self.crossings, roots, each)
+
+        def to_parameters(i: int) -> None:
+            root, retain = roots[i], waiting[i][1]
+            lane = places[i].lane
+            self._add(lane, key, 0, root.outputs, root.cotangents, parameters, retain)
+
+        each(to_parameters)
+
+    def total(self, key: str) -> tuple[list[Parameter], Gradients]:
+        """The parameters and their gradients, over all shards; still times the loss scale."""
+        parameters = self.parameters.pop(key)
+        total = self._over_lanes(key, 0, parameters)
+        weights = self.weights.pop(key, None)
+        if weights is not None:
+            for part, column in enumerate(zip(*weights, strict=True), start=1):
+                denominator = shares(column, self.samples)[0][1]
+                if isinstance(denominator, Tensor) and denominator.device.type == "cpu":
+                    denominator = denominator.item()
+                found = self._over_lanes(key, part, parameters)
+                gradients.scale_(found, self.total_samples / denominator)
+                if total:
+                    gradients.add_(total, found, parameters)
+                else:
+                    total = found
+        return parameters, total
+
+    def _over_lanes(self, key: str, part: int, parameters: list[Parameter]) -> Gradients:
+        lanes = [found for sums in self.sums if (found := sums.pop((key, part), None)) is not None]
+        return lanes[0] if len(lanes) == 1 else self.add_up(lanes, parameters) if lanes else []
+
+    def reduce(self, losses: Sequence[Loss | Tensor]) -> Tensor:
+        """The loss over all shards, detached."""
+        if len(losses) == 1 and isinstance(losses[0], Tensor):
+            return losses[0].detach()
+        columns = [as_loss(loss, "the loss").terms for loss in losses]
+        with torch.no_grad():
+            by_term = list(zip(*columns, strict=True))
+            return reduced_loss(by_term, self._fractions(columns))
+
+    def _fractions(self, columns: Sequence[Sequence[Term]]) -> list[list[Share]]:
+        return [
+            shares([term.weight for term in column], self.samples)
+            for column in zip(*columns, strict=True)
+        ]

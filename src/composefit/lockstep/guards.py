@@ -1,0 +1,181 @@
+"""What a step must not leave behind, and what would otherwise go wrong in silence.
+
+Modes (grad, inference, autocast, device and dispatch modes) are thread-local: they are carried into
+the workers and compared at every yield. Stale graphs and graphs used up are found by autograd, and
+explained here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_NAMES = (
+    "grad mode",
+    "inference mode",
+    "autocast",
+    "autocast's dtype",
+    "the stack of function modes (such as `with torch.device(...)`)",
+    "the stack of dispatch modes",
+)
+
+
+def modes(device_type: str) -> tuple[Any, ...]:
+    """This thread's modes, to be compared."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device_type),
+        torch.get_autocast_dtype(device_type),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
+def left_open(expected: tuple[Any, ...], found: tuple[Any, ...]) -> RuntimeError:
+    """The error for a `with` left open across a yield, to be thrown in at the user's line."""
+    changed = [
+        f"{name} is {now} and was {before}"
+        for name, before, now in zip(_NAMES, expected, found, strict=True)
+        if before != now
+    ]
+    return RuntimeError(
+        f"a mode was left changed at a yield or return: {', '.join(changed)}. The other shards run "
+        "in between and would inherit it: close the `with` before the yield, and open it again "
+        "afterwards"
+    )
+
+
+class Ambient:
+    """The modes of the thread that called the step, for its workers.
+
+    Made in the calling thread, entered in every worker's. Grad and inference mode are the step's
+    own and not carried.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.function_modes = _get_current_function_mode_stack()
+        self.dispatch_modes = _get_current_dispatch_mode_stack()
+        self.autocast: tuple[str, torch.dtype] | None = None
+        if torch.is_autocast_enabled(device_type):
+            self.autocast = (device_type, torch.get_autocast_dtype(device_type))
+        self.empty = not (self.function_modes or self.dispatch_modes or self.autocast)
+
+    def entered(self) -> AbstractContextManager[object]:
+        """A context that gives this thread the caller's modes."""
+        if self.empty:
+            return nullcontext()
+        stack = ExitStack()
+        for mode in [*self.function_modes, *self.dispatch_modes]:
+            # A device context is a function mode that keeps state of its own: make a new one.
+            stack.enter_context(getattr(mode, "device", None) or mode)
+        if self.autocast:
+            stack.enter_context(torch.autocast(*self.autocast))
+        return stack
+
+
+_STALE = re.compile("modified by an inplace operation")
+_FREED = re.compile("backward through the graph a second time|saved tensors after they have")
+
+
+def explain(error: RuntimeError, name: str, updates: Sequence[str]) -> RuntimeError:
+    """Autograd's two errors in the words of a step, with the yields at fault.
+
+    Args:
+        error: what autograd raised.
+        name: whose loss it was.
+        updates: this step's updates so far, such as `"critic (step.py:12)"`.
+    """
+    done = " and ".join(updates)
+    if updates and (_STALE.search(str(error)) or isinstance(error, StaleGraphError)):
+        return StaleGraphError(
+            f"the loss of {name!r} goes through weights that the update of {done} has changed since "
+            "it was computed: compute it (call the network again) after that yield, or update both "
+            f"at once with one `yield {{...}}`. autograd says: {error}"
+        )
+    if updates and _FREED.search(str(error)):
+        return RuntimeError(
+            f"the loss of {name!r} goes through a graph that the update of {done} has used up: "
+            "write `yield Update({...}, retain_graph=True)` there, or compute it again after that "
+            "yield"
+        )
+    return error
+
+
+class StaleGraphError(RuntimeError):
+    """A graph was built before an update of weights that it goes through."""
+
+
+class StaleWeights:
+    """Finds weights that were updated between a checkpointed forward and its recomputation.
+
+    Activation checkpointing runs the forward again during the backward, with the weights of then:
+    autograd's version check sees nothing, and the gradient is silently that of other weights.
+    """
+
+    def __init__(self) -> None:
+        self.stepped: list[list[Tensor]] = []  # parameters, update by update, of this step
+
+    def forward(self) -> int:
+        """Called when a checkpointed forward starts: the number of updates so far."""
+        return len(self.stepped)
+
+    def recompute(self, before: int) -> AbstractContextManager[object]:
+        """Entered around the recomputation."""
+        changed = {id(p) for parameters in self.stepped[before:] for p in parameters}
+        return _Watch(changed) if changed else nullcontext()
+
+
+class _Watch(TorchFunctionMode):
+    """Raises when a torch function is given one of these tensors."""
+
+    def __init__(self, ids: set[int]) -> None:
+        super().__init__()
+        self.ids = ids
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if any(id(leaf) in self.ids for leaf in _leaves((args, kwargs))):
+            raise StaleGraphError(
+                "activation checkpointing computes a part again whose weights were updated since"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+@contextmanager
+def no_parametrization_cache() -> Iterator[None]:
+    """Refuse `parametrize.cached()` while shards run in threads: its cache is one for all threads."""
+    import torch.nn.utils.parametrize as parametrize
+
+    class Refusing(dict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            raise RuntimeError(
+                "torch.nn.utils.parametrize.cached() keeps one cache for all threads, so that "
+                "shards would read each other's weights: leave it out, or train with "
+                "SingleDevice(shards=n)"
+            )
+
+    before = parametrize._cache
+    parametrize._cache = Refusing()
+    try:
+        yield
+    finally:
+        parametrize._cache = before

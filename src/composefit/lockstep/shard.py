@@ -1,0 +1,201 @@
+"""A shard: the part of one step's data that runs through the user's step once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from composefit.effects import Effect
+from composefit.lockstep import guards
+from composefit.losses import Loss
+from composefit.module import Context, Helper, as_effect, dropped_helper
+from composefit.replicas import Replica
+
+if TYPE_CHECKING:
+    from composefit.lockstep.driver import Lockstep
+
+_NO_STREAM: AbstractContextManager[object] = nullcontext()
+_EFFECT_CODES = {Effect.__iter__.__code__, Loss.__iter__.__code__}
+
+
+class Shard:
+    """Runs one part of the data through the step, from yield to yield, always in the same worker.
+
+    Kept from step to step, with its replica and its random stream; `begin` gives it its data.
+
+    Attributes:
+        index: its place in sample order.
+        lane: the worker it lives on.
+        module: the module itself where it is the only shard, else a replica.
+        effect: what it yielded last; None once it has ended.
+        done: no further effect will come (a returned loss is both an effect and the end).
+        result: what goes back into the step at its next resume.
+    """
+
+    def __init__(
+        self, lock: Lockstep, index: int, module: nn.Module, replica: Replica | None,
+        context: Context, draws: AbstractContextManager[object],
+    ) -> None:
+        self.lock = lock
+        self.index = index
+        self.module = module
+        self.replica = replica
+        self.context = context
+        context.samples = lambda: self.samples
+        self.draws = draws
+        self.lane = 0
+        self.begin(0, None, 0, None)
+
+    def begin(self, lane: int, batch: Any, batch_idx: int, samples: int | None) -> None:
+        """Take the data of a new step."""
+        self.lane = lane
+        self.batch = batch
+        self.batch_idx = batch_idx
+        self.known_samples = samples
+        self.generator: Generator[Any, Any, Any] | None = None
+        self.started = self.done = False
+        self.result: Any = None
+        self.output: Any = None
+        self.effect: Effect[Any] | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many samples it holds; asked of the batch only when somebody wants to know."""
+        if self.known_samples is None:
+            self.known_samples = self.lock.batch_size(self.batch)
+        return self.known_samples
+
+    def owners(self, part: Any) -> Any:
+        """The owner's module (a metric, say) or method for one of this shard's replica."""
+        return part if self.replica is None else self.replica.owner_of(part)
+
+    # -- running the user's code -------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Resume the step to its next effect, and do the shard's own part of that effect."""
+        lock = self.lock
+        with self.draws, lock.precision_context():
+            torch._C._set_grad_enabled(lock.body.training)
+            before = guards.modes(lock.device_type)
+            returned = False
+            try:
+                if self.generator is not None:
+                    value = self.generator.send(self.result)
+                else:
+                    step = lock.body.of(self.module)
+                    if lock.body.takes_index:
+                        value = step(self.batch, self.batch_idx)
+                    else:
+                        value = step(self.batch)
+                    if isinstance(value, Helper):
+                        value = iter(value)
+                    if isinstance(value, Generator):
+                        self.generator = value
+                        value = value.send(None)
+                    else:
+                        returned = True
+            except StopIteration as stop:
+                if self.generator is None:
+                    raise RuntimeError(
+                        f"{lock.body.name} raised StopIteration (a next() on an iterator that is at "
+                        "its end?): that would end training in silence"
+                    ) from stop
+                returned = True
+                value = stop.value
+            finally:
+                self.result = None
+                after = guards.modes(lock.device_type)
+            if after != before:
+                self.blame(guards.left_open(before, after))
+        helper = dropped_helper()
+        if helper is not None:
+            self.blame(
+                RuntimeError(
+                    f"{helper}() is a generator and does nothing when called: write "
+                    f"`yield from self.{helper.rpartition('.')[2]}(...)`"
+                )
+            )
+        try:
+            if lock.body.training or not returned:
+                self.effect = as_effect(value, returned)
+            else:
+                self.effect = None
+            if returned:
+                self.done = True
+                self.output = value
+                self.generator = None
+            del value  # of a returned loss nothing but its gradient is to stay
+            if self.effect is not None:
+                lock.check(self.effect)
+                self.effect.visit(self)
+        except Exception as error:
+            self.blame(error)
+
+    def blame(self, error: BaseException) -> None:
+        """Raise an error with the user's yield in its traceback, by throwing it in there."""
+        if self.generator is not None and not self.done:
+            try:
+                self.generator.throw(error)
+            except BaseException as thrown:
+                if thrown is error:
+                    raise
+        raise error
+
+    def close(self) -> None:
+        """End the step's code, in its own worker, so that its `with` and `finally` blocks run."""
+        self.effect = self.result = None
+        self.batch = None
+        if self.generator is not None:
+            generator, self.generator = self.generator, None
+            torch._C._set_grad_enabled(self.lock.body.training)
+            generator.close()
+
+    def where(self) -> str:
+        """File and line of the yield at which it stands."""
+        generator = self.generator
+        if generator is None:
+            function = self.lock.body.of(self.lock.owner)
+            code: CodeType | None = getattr(function, "__code__", None)
+            return f"{code.co_filename}:{code.co_firstlineno}" if code else self.lock.body.name
+        while isinstance(generator.gi_yieldfrom, Generator):  # type: ignore[attr-defined]
+            if generator.gi_yieldfrom.gi_code in _EFFECT_CODES:  # type: ignore[attr-defined]
+                break
+            generator = generator.gi_yieldfrom  # type: ignore[attr-defined]
+        frame = generator.gi_frame
+        return f"{generator.gi_code.co_filename}:{frame.f_lineno if frame else '?'}"
+
+    # -- gradients -----------------------------------------------------------------------------------
+
+    def parameters(self, name: str) -> list[Parameter]:
+        """The trainable parameters of a named optimizer."""
+        return self.lock.parameters(name)
+
+    def take(
+        self, key: str, loss: Loss | Tensor, parameters: list[Parameter], retain_graph: bool
+    ) -> None:
+        """Take this shard's gradients of a loss (see `Backward.take`)."""
+        try:
+            self.lock.backward.take(self, key, loss, parameters, retain_graph)
+        except RuntimeError as error:
+            explained = guards.explain(error, key, self.lock.history)
+            if explained is error:
+                raise
+            raise explained from error
+
+
+def shard_note(shard: Shard, step: int, updates: dict[str, int]) -> str:
+    """The note on an error: where it happened and what was done before."""
+    effect = f", at its effect {shard.effect!r}" if shard.effect is not None else ""
+    done = ", ".join(f"{name}: {n}" for name, n in updates.items()) or "none"
+    return (
+        f"shard {shard.index} (lane {shard.lane}, thread {threading.current_thread().name}), "
+        f"step {step}, batch {shard.batch_idx}{effect}; updates done before it: {done}"
+    )

@@ -1,0 +1,233 @@
+"""From total gradients to new weights: check, unscale, clip, step, with the hooks around it.
+
+Every gradient of a simultaneous update is checked before any optimizer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from composefit.lockstep import gradients
+from composefit.lockstep.gradients import Gradients
+from composefit.optimizers import NamedOptimizer
+from composefit.precision import LossScale, Precision
+
+OnNonfinite = Literal["raise", "skip", "ignore"]
+
+
+class Hooks(Protocol):
+    """Who wants to know of an optimizer's step."""
+
+    def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """`.grad` holds the total gradients, unscaled, not yet clipped."""
+
+    def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """The weights have changed."""
+
+
+class NoHooks:
+    """Nobody."""
+
+    def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """Nothing."""
+
+    def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """Nothing."""
+
+
+class Stepper:
+    """Owns the named optimizers of a run and steps them.
+
+    Args:
+        module: the owner, for parameters' names in messages.
+        optimizers: by name.
+        precision: whether losses are scaled.
+        device: where the parameters are.
+        step: how an optimizer is stepped, `strategy.optimizer_step`.
+        hooks: told before and after each.
+        on_nonfinite: what to do with a NaN or infinite gradient: `"raise"` an error before
+            anything steps, `"skip"` the update, or `"ignore"` it.
+
+    Attributes:
+        updates: name -> how often it was updated.
+        skipped: whether the last update was skipped.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Mapping[str, NamedOptimizer],
+        precision: Precision,
+        device: torch.device,
+        step: Callable[[Optimizer], None],
+        hooks: Hooks | None = None,
+        on_nonfinite: OnNonfinite = "raise",
+    ) -> None:
+        self.module = module
+        self.optimizers = dict(optimizers)
+        self.scales: dict[str, LossScale] = {}
+        if precision.scales_losses:
+            self.scales = {name: LossScale(device) for name in optimizers}
+        self.step = step
+        self.hooks = hooks or NoHooks()
+        self.on_nonfinite = on_nonfinite
+        self.updates = dict.fromkeys(self.optimizers, 0)
+        self.on_cpu = device.type == "cpu"
+        self.one = torch.ones((), device=device)
+        self.found = torch.zeros((), device=device)
+        self.late: dict[str, LateCheck] = {}
+
+    def update(
+        self, totals: dict[str, tuple[list[Parameter], Gradients]], losses: dict[str, Tensor],
+        step: int,
+    ) -> bool:
+        """Step these optimizers with these gradients; False if the update was skipped.
+
+        Raises:
+            FloatingPointError: a loss or gradient is not finite, and `on_nonfinite="raise"`.
+        """
+        if self.scales:
+            if not self._unscale(totals):
+                return False
+        elif self.on_nonfinite != "ignore" and not self._finite(totals, losses, step):
+            return False
+        for name, (parameters, found) in totals.items():
+            self._apply(name, parameters, found)
+        return True
+
+    def _apply(self, name: str, parameters: list[Parameter], found: Gradients) -> None:
+        named = self.optimizers[name]
+        optimizer = named.optimizer
+        try:
+            for parameter, gradient in zip(parameters, found, strict=True):
+                parameter.grad = gradient
+                if parameter._post_accumulate_grad_hooks and gradient is not None:
+                    for hook in parameter._post_accumulate_grad_hooks.values():
+                        hook(parameter)
+            self.hooks.before_optimizer_step(optimizer, name)
+            if named.gradient_clip_val is not None:
+                _clip(parameters, named.gradient_clip_val, named.gradient_clip_algorithm)
+            self.step(optimizer)
+            # Fused optimizers change weights without a trace: a stale graph must raise.
+            torch.autograd.graph.increment_version(parameters)
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+        self.updates[name] += 1
+        self.hooks.after_optimizer_step(optimizer, name)
+
+    # -- finite? ---------------------------------------------------------------------------------
+
+    def _finite(
+        self, totals: dict[str, tuple[list[Parameter], Gradients]], losses: dict[str, Tensor],
+        step: int,
+    ) -> bool:
+        if not self.on_cpu:
+            return self._finite_late(totals, step)
+        for name, (parameters, found) in totals.items():
+            # The sum of x - x is zero, or NaN for what is not finite; the fused check is faster.
+            self._check(gradients.values(found), self.one)
+            if self.found.item() or not torch.isfinite(losses[name]):
+                self.found.zero_()
+                if self.on_nonfinite == "skip":
+                    return False
+                raise self._error(name, parameters, found, losses[name], step)
+        return True
+
+    def _check(self, values: list[Tensor], inverse_scale: Tensor) -> None:
+        """Set `found` where a number is not finite, multiply by `inverse_scale` in place."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for value in values:
+            by_dtype.setdefault(value.dtype, []).append(value)
+        for same in by_dtype.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(same, self.found, inverse_scale)
+
+    def _finite_late(self, totals: dict[str, tuple[list[Parameter], Gradients]], step: int) -> bool:
+        """On a GPU: without waiting for it, so that a fault shows one update late."""
+        for name, (_, found) in totals.items():
+            late = self.late.setdefault(name, LateCheck(self.one.device))
+            late.raise_if_found(name, self.on_nonfinite)
+            late.found.zero_()
+            values = gradients.values(found)
+            if values:
+                torch._amp_foreach_non_finite_check_and_unscale_(values, late.found, self.one)
+            late.ask(step)
+            if "fused" in self.optimizers[name].optimizer.defaults:
+                # A fused optimizer leaves the weights alone where this is set, on the device.
+                self.optimizers[name].optimizer.found_inf = late.found  # type: ignore[attr-defined]
+        return True
+
+    def finish(self) -> None:
+        """At the end of a run: report what a GPU has found since."""
+        for name, late in self.late.items():
+            late.raise_if_found(name, self.on_nonfinite)
+
+    def _error(
+        self, name: str, parameters: list[Parameter], found: Gradients, loss: Tensor, step: int
+    ) -> FloatingPointError:
+        names = {id(p): n for n, p in self.module.named_parameters()}
+        bad = [
+            names.get(id(p), "a parameter outside the module")
+            for p, g in zip(parameters, found, strict=True)
+            if g is not None and not all(torch.isfinite(v).all() for v in gradients.values([g]))
+        ]
+        where = f"the gradient of {bad[0]} ({len(bad)} of {len(parameters)} parameters)"
+        return FloatingPointError(
+            f"the update of {name!r} in step {step} is not finite: loss {loss.item():.4g}"
+            + (f", first in {where}" if bad else "")
+            + ". No weight was changed. Lower the learning rate, clip (gradient_clip_val=...), look "
+            'for log(0) or a division by zero; Trainer(on_nonfinite="skip") leaves such updates out'
+        )
+
+    # -- fp16 ------------------------------------------------------------------------------------
+
+    def _unscale(self, totals: dict[str, tuple[list[Parameter], Gradients]]) -> bool:
+        """Divide by the loss scales; where anything is infinite, skip all and lower the scales."""
+        for name, (_, found) in totals.items():
+            self._check(gradients.values(found), self.scales[name].inverse())
+        finite = not self.found.item()
+        for name in totals:
+            self.scales[name].adapt(self.found)
+        self.found.zero_()
+        return finite
+
+
+class LateCheck:
+    """A flag on a GPU that is read once its computation is known to be over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.found = torch.zeros((), device=device)
+        self.host = torch.zeros((), pin_memory=True)
+        self.event = torch.cuda.Event()
+        self.step = -1
+
+    def ask(self, step: int) -> None:
+        """Copy the flag to the host, some time."""
+        self.host.copy_(self.found, non_blocking=True)
+        self.event.record()
+        self.step = step
+
+    def raise_if_found(self, name: str, on_nonfinite: OnNonfinite) -> None:
+        """Raise for the update before, if it was not finite."""
+        if self.step < 0:
+            return
+        self.event.synchronize()
+        if self.host.item() and on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"the update of {name!r} in step {self.step} was not finite (found one update late, "
+                "since the GPU was not waited for; a fused optimizer has left its weights alone, "
+                "another one has not)"
+            )
+
+
+def _clip(parameters: list[Parameter], limit: float, algorithm: Any) -> None:
+    if algorithm == "value":
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, limit)

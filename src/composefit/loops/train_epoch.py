@@ -1,0 +1,92 @@
+"""`TrainEpochLoop`: one epoch of training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from composefit.data import Batches
+
+if TYPE_CHECKING:
+    from composefit.module import LoopModule
+    from composefit.trainer import Trainer
+
+
+class TrainEpochLoop:
+    """Takes loader batches, several for a step where gradients are accumulated.
+
+        on_train_epoch_start
+        for each window of loader batches:
+            on_train_batch_start, for each of them
+            trainer.step(module, window)
+            on_train_batch_end, for each of them
+
+    Args:
+        trainer: runs steps and hooks.
+        module: is trained.
+        batches: the loader.
+        limit: no more than this many loader batches an epoch.
+        window: loader batches in a step; the last step of an epoch may have fewer.
+        max_steps: no more than this many steps in all.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LoopModule,
+        batches: Batches,
+        limit: float,
+        window: int,
+        max_steps: float,
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.batches = batches
+        self.limit = limit
+        self.window = window
+        self.max_steps = max_steps
+        self.batch_idx = 0
+
+    @property
+    def steps_left(self) -> float:
+        """How many steps may still be done."""
+        return self.max_steps - self.trainer.global_step
+
+    def run(self, epochs_left: float = 1) -> None:
+        """Run one epoch; `epochs_left` counts it and those after it."""
+        trainer, module = self.trainer, self.module
+        self.batch_idx = 0
+        trainer.call("on_train_epoch_start")
+        for window in self._windows(epochs_left):
+            first = self.batch_idx
+            for i, batch in enumerate(window):
+                trainer.call("on_train_batch_start", batch, first + i)
+            try:
+                outputs = trainer.step(module, window, first)
+            finally:
+                self.batch_idx += len(window)
+            for i, batch in enumerate(window):
+                trainer.call("on_train_batch_end", outputs, batch, first + i)
+            if self.steps_left <= 0 or trainer.should_stop:
+                break
+
+    def _windows(self, epochs_left: float) -> Iterator[list[Any]]:
+        window: list[Any] = []
+        for i, batch in enumerate(self.batches.epoch(epochs_left), start=1):
+            window.append(batch)
+            last = i >= self.limit
+            if last or len(window) == self.window:
+                yield window
+                window = []
+            if last:
+                return
+        if window:
+            yield window
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader batches taken in this epoch."""
+        return {"batch_idx": self.batch_idx}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.batch_idx = state["batch_idx"]

@@ -1,0 +1,8 @@
+"""Strategies: how a step is carried out."""
+
+from composefit.strategies.base import Strategy
+from composefit.strategies.choice import choose
+from composefit.strategies.single_device import SingleDevice
+from composefit.strategies.thread_data_parallel import ThreadDataParallel
+
+__all__ = ["SingleDevice", "Strategy", "ThreadDataParallel", "choose"]

@@ -1,0 +1,190 @@
+"""The contract of a strategy: places, and how to run a function in each of them.
+
+Order, weights, denominators and replicas are the driver's; epochs, callbacks and loggers are nobody's
+business here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from composefit.lockstep import gradients
+from composefit.lockstep.driver import Body, Lockstep
+from composefit.lockstep.gradients import Gradients
+from composefit.losses import Loss
+from composefit.precision import Precision
+from composefit.updates import Gradient
+
+LossFunction: TypeAlias = Callable[[Any, Any], "Tensor | Loss"]
+
+
+class Strategy(ABC):
+    """Where and how the shards of a step are run.
+
+    A new strategy says how many lanes it has and where, runs tasks in them, and may do better than
+    the defaults in adding up gradients and stepping optimizers.
+
+    Attributes:
+        lanes: into how many shards a batch is cut in space.
+        concurrent: whether the lanes run at the same time.
+        device: where parameters and batches are.
+    """
+
+    lanes: int = 1
+    concurrent: bool = False
+    device: torch.device = torch.device("cpu")
+
+    _sessions: int = 0
+
+    # -- the contract ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def run(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Run task i in lane i, always the same place for the same i; return when all have ended.
+
+        Tasks raise nothing: what goes wrong in one they keep for the driver.
+        """
+
+    def open(self) -> None:
+        """Get what the lanes need (threads); called once before the first `run`."""
+
+    def close(self) -> None:
+        """Give it back; called once after the last `run`, also after an error."""
+
+    def place(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        """Bring a module's parameters and buffers to their places, in place."""
+        module.to(self.device, dtype)
+
+    def add_up(self, lanes: Sequence[Gradients], parameters: Sequence[Parameter]) -> Gradients:
+        """The sum of the lanes' gradients, in the order of the lanes; may use up the first."""
+        total, *others = lanes
+        for other in others:
+            gradients.add_(total, other, parameters)
+        return total
+
+    def optimizer_step(self, optimizer: Optimizer) -> None:
+        """Step an optimizer whose parameters have their total gradients."""
+        optimizer.step()
+
+    def describe(self, samples: int) -> str:
+        """How a loader's batch is cut, for the summary: `32 = 2 threads x 16`."""
+        return f"{samples}"
+
+    # -- built on it -------------------------------------------------------------------------------
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Keep the lanes open for many steps. Also entered by `with strategy:`."""
+        self.__enter__()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def __enter__(self) -> Strategy:
+        if self._sessions == 0:
+            self.open()
+        self._sessions += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._sessions -= 1
+        if self._sessions == 0:
+            self.close()
+
+    def gradient(
+        self,
+        loss_fn: LossFunction,
+        module: nn.Module,
+        batch: Any,
+        parameters: Iterable[Parameter] | None = None,
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss over all shards and its gradients, for hand-written loops.
+
+        The batch is cut into shards, each runs through `loss_fn` in its lane, and everything is
+        reduced: one call is exact data-parallel forward and backward. Call it within
+        `with strategy:`, or its threads are made anew each time.
+
+        Args:
+            loss_fn: `loss_fn(replica, shard)` returns this shard's loss: a 0-dim tensor (a mean
+                over the shard's samples), `Mean`, `Sum`, or a sum of those. It must use `replica`
+                where it would use `module`.
+            module: any module; what is replicated for the shards (parameters are shared).
+            batch: nested tensors with samples in dimension 0.
+            parameters: what to differentiate with respect to; all that require a gradient by
+                default.
+
+        Returns:
+            The reduced loss, detached, 0-dim; and the gradients in the order of `parameters`, None
+            for one that no shard reached. `p.grad = g` for each, then `optimizer.step()`.
+
+        Raises:
+            Whatever `loss_fn` raises, with a note of the shard.
+        """
+        wanted = module.parameters() if parameters is None else parameters
+        chosen = [p for p in wanted if p.requires_grad]
+        job = self._job(module)
+        return job.run(loss_fn, chosen, batch)
+
+    def _job(self, module: nn.Module) -> _GradientJob:
+        jobs: OrderedDict[int, _GradientJob] = self.__dict__.setdefault("_jobs", OrderedDict())
+        job = jobs.get(id(module))
+        if job is None:
+            job = jobs[id(module)] = _GradientJob(module, self)
+            if len(jobs) > _JOBS_KEPT:
+                jobs.popitem(last=False)
+        return job
+
+
+# Replicas are kept for this many modules: a hand-written loop has one or two.
+_JOBS_KEPT = 4
+
+
+class _GradientJob:
+    """A module's driver, whose step is to take one gradient."""
+
+    def __init__(self, module: nn.Module, strategy: Strategy) -> None:
+        self.loss_fn: LossFunction | None = None
+        self.parameters: list[Parameter] = []
+        self.found: tuple[Tensor, list[Tensor | None]] | None = None
+        self.calls = 0
+        body = Body(lambda part: partial(self._body, part), False, "loss_fn", training=True)
+        seed = torch.initial_seed()
+        self.driver = Lockstep(module, strategy, body, Precision.of("32"), seed=seed)
+
+    def _body(self, module: nn.Module, shard: Any) -> Generator[Any, Any, None]:
+        assert self.loss_fn is not None
+        # No variable for the loss: it would keep its graph until the other shards have run.
+        self.found = yield Gradient(self.loss_fn(module, shard), self.parameters)
+
+    def run(
+        self, loss_fn: LossFunction, parameters: list[Parameter], batch: Any
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        self.loss_fn, self.parameters = loss_fn, parameters
+        try:
+            self.driver.step([batch], 0, self.calls)
+            assert self.found is not None
+            return self.found
+        finally:
+            self.calls += 1
+            self.loss_fn = self.found = None
+            self.parameters = []

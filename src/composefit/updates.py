@@ -1,0 +1,108 @@
+"""`Update`: the effect that steps optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from composefit.effects import Barrier, Effect, ShardView
+from composefit.losses import Loss, as_loss, describe
+
+
+class Update(Effect["dict[str, Tensor]"]):
+    """Update the named optimizers with these losses, now; `yield {name: loss}` in full.
+
+    Several names are one simultaneous update: every gradient is taken and found finite before
+    anything steps. Gradients are those of the named optimizer's parameters only: nothing else gets
+    one, so nothing needs freezing or detaching.
+
+    Args:
+        losses: name of an optimizer -> its loss: a 0-dim tensor (a mean over the shard's samples),
+            `Mean`, `Sum`, or a sum of those.
+        retain_graph: keep the graph for a later update that goes through the same part of it, as in
+            `torch.autograd.grad`.
+
+    Returns (from the yield):
+        name -> the loss, reduced over all shards, micro-batches and ranks, detached, 0-dim.
+
+    Raises:
+        TypeError: `losses` is no dict, a name is no string, a loss is none.
+        ValueError: no loss at all, a loss that is not 0-dim, a name without an optimizer.
+
+    Example:
+        ```python
+        scores = self.critic(fake)
+        yield Update({"generator": real_loss(scores)}, retain_graph=True)
+        yield {"critic": fake_loss(scores)}
+        ```
+    """
+
+    __slots__ = ("losses", "retain_graph")
+
+    def __init__(self, losses: Mapping[str, Tensor | Loss], retain_graph: bool = False) -> None:
+        if not isinstance(losses, Mapping):
+            raise TypeError(f"Update expects {{name: loss, ...}}, got {describe(losses)}")
+        if not losses:
+            raise ValueError("Update expects at least one {name: loss}, got an empty dict")
+        self.losses: dict[str, Tensor | Loss] = dict(losses)
+        for name, loss in self.losses.items():
+            if type(loss) is not Tensor or loss.dim():
+                self.losses[name] = as_loss(loss, f"the loss of {name!r}" if name else "the loss")
+        self.retain_graph = retain_graph
+
+    def agreement(self) -> Hashable:
+        return ("Update", tuple(self.losses), self.retain_graph)
+
+    def visit(self, shard: ShardView) -> None:
+        last = len(self.losses) - 1
+        for i, (name, loss) in enumerate(self.losses.items()):
+            # Losses of one update often share a graph: it must live until the last of them.
+            retain = self.retain_graph or i < last
+            shard.take(name, loss, shard.parameters(name), retain)
+            # Of a loss whose gradient is taken nothing may keep the graph.
+            self.losses[name] = loss.detach()
+
+    def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
+        losses = {name: [effect.losses[name] for effect in effects] for name in self.losses}
+        return [barrier.update(losses)] * len(effects)
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{name!r}: loss" for name in self.losses) + "}"
+
+
+class OnlyUpdate(Update):
+    """A bare loss, where there is one optimizer: the reduced loss itself comes back."""
+
+    __slots__ = ()
+
+    def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
+        (reduced,) = super().combine(barrier, effects)[0].values()
+        return [reduced] * len(effects)
+
+    def __repr__(self) -> str:
+        return "a loss"
+
+
+class Gradient(Effect["dict[str, list[Tensor | None]]"]):
+    """Reduced, unscaled gradients without a step; what `Strategy.gradient` runs."""
+
+    __slots__ = ("loss", "parameters", "retain_graph")
+
+    def __init__(self, loss: Tensor | Loss, parameters: list[Any]) -> None:
+        self.loss = loss if type(loss) is Tensor else as_loss(loss, "the loss")
+        if isinstance(self.loss, Tensor) and self.loss.dim():
+            as_loss(self.loss, "the loss")
+        self.parameters = parameters
+
+    def visit(self, shard: ShardView) -> None:
+        shard.take("loss", self.loss, self.parameters, retain_graph=False)
+        self.loss = self.loss.detach()
+
+    def combine(self, barrier: Barrier, effects: Sequence[Gradient]) -> list[Any]:
+        loss = barrier.reduce([effect.loss for effect in effects])
+        return [(loss, barrier.gradients("loss"))] * len(effects)
+
+    def __repr__(self) -> str:
+        return "a loss"
