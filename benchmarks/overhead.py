@@ -127,6 +127,7 @@ def _lightning_trainer() -> Any:
     import lightning.pytorch as lightning
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     return lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -224,7 +225,7 @@ def keras(work: Supervised) -> Train:
             optimizer=k.optimizers.SGD(0.05),
             loss=k.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
-        model.fit(iter(batches), epochs=1, verbose=0)
+        model.fit(iter(batches), steps_per_epoch=len(batches), shuffle=False, verbose=0)
         return [variable.value for variable in model.trainable_variables]
 
     return train
@@ -246,7 +247,6 @@ def contestants_for(
 def main() -> None:
     options = arguments(str(__doc__), rounds=60)
     steps = 15 if options.quick else 60
-    warnings.filterwarnings("ignore", module="lightning|torchtnt|keras")
 
     mlp, gan = WORKLOADS["smallest MLP"], WORKLOADS["tiny GAN"]
     assert isinstance(mlp, Supervised) and isinstance(gan, GAN)

@@ -32,8 +32,8 @@ SIZES = (64, 512, 4_096, 32_768, 262_144, 1_048_576)
 SEGMENT = 0.01  # seconds that a repeat takes, about
 
 
-def microseconds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median time of each call, the calls taking turns."""
+def race(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each call in each round, the calls taking turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     repeats = {}
     for name, call in calls.items():
@@ -47,7 +47,17 @@ def microseconds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict
             for _ in range(repeats[name]):
                 call()
             times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def microseconds(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median time of each call."""
+    return {name: statistics.median(times) for name, times in race(calls, rounds).items()}
+
+
+def ratio(times: list[float], to: list[float]) -> float:
+    """Median over rounds of the ratio within a round: slow spells hit both sides of it."""
+    return statistics.median(a / b for a, b in zip(times, to, strict=True))
 
 
 def draws(size: int, dtype: torch.dtype) -> dict[str, tuple[Callable[[], object], ...]]:
@@ -85,7 +95,7 @@ def sample_table(rounds: int) -> Table:
         for size in SIZES:
             calls = draws(size, dtype)
             flat = {f"{kind} {who}": call for kind in calls for who, call in enumerate(calls[kind])}
-            times = microseconds(flat, rounds)
+            times = race(flat, rounds)
             randn = times["normal 1"]
             for kind in calls:
                 ours, theirs = times[f"{kind} 0"], times[f"{kind} 1"]
@@ -93,11 +103,11 @@ def sample_table(rounds: int) -> Table:
                     kind,
                     str(dtype).removeprefix("torch."),
                     f"{size:,}",
-                    f"{ours:,.1f}",
-                    f"{theirs:,.1f}",
-                    f"{ours / theirs:.2f}",
-                    f"{ours / randn:.2f}",
-                    verdict(ours / randn, at_most=3.0) if size >= 4_096 else "",
+                    f"{statistics.median(ours):,.1f}",
+                    f"{statistics.median(theirs):,.1f}",
+                    f"{ratio(ours, theirs):.2f}",
+                    f"{ratio(ours, randn):.2f}",
+                    verdict(ratio(ours, randn), at_most=3.0) if size >= 4_096 else "",
                 )
     return table
 

@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-Train = Callable[[Iterable[Any]], Iterable[torch.Tensor]]
+Train = Callable[[Any], Iterable[torch.Tensor]]
 """Trains a fresh, seeded model once through the batches and returns its parameters."""
 
 CONTROL = "bare loop, once more (control)"

@@ -59,7 +59,11 @@ def _settings_put_back() -> Iterator[None]:
     before = _settings()
     yield
     after = _settings()
+    # One test's trace is that test's failure alone.
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)
+    torch.autograd.set_detect_anomaly(False)
     torch.set_deterministic_debug_mode(0)
     assert after == before, "a setting of torch was left changed"

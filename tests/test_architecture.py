@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def modules(sources: Path) -> dict[str, Path]:
 def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[Import]:
     """What a module imports at run time; `if TYPE_CHECKING:` is none of it."""
 
-    def visit(nodes: list[ast.stmt] | list[ast.AST], in_function: bool) -> Iterator[Import]:
+    def visit(nodes: Iterable[ast.AST], in_function: bool) -> Iterator[Import]:
         for node in nodes:
             if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
                 yield from visit(node.orelse, in_function)
@@ -70,12 +70,13 @@ def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[Import]:
                     yield Import(alias.name, node.lineno, in_function)
             elif isinstance(node, ast.ImportFrom):
                 base = absolute(node)
-                for alias in node.names:
-                    full = f"{base}.{alias.name}"
-                    yield Import(full if full in known else base, node.lineno, in_function)
+                full = [f"{base}.{alias.name}" for alias in node.names]
+                names = [each if each in known else base for each in full]
+                for imported in dict.fromkeys(names):
+                    yield Import(imported, node.lineno, in_function)
             else:
                 function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-                yield from visit(list(ast.iter_child_nodes(node)), in_function or function)
+                yield from visit(ast.iter_child_nodes(node), in_function or function)
 
     def absolute(node: ast.ImportFrom) -> str:
         if not node.level:

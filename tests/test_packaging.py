@@ -17,7 +17,7 @@ DOWNSTREAM = ROOT / "tests" / "downstream"
 pytestmark = pytest.mark.xdist_group("packaging")
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: object, cwd: Path) -> str:
     # Nothing from outside may lead Python to the sources instead of to the wheel.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(

@@ -250,6 +250,14 @@ def test_containers_without_modules_stay_shared():
     assert owner.outputs == [1]
 
 
+def test_a_container_shared_with_the_owner_is_not_the_copys_when_modules_are_keys():
+    owner = nn.Sequential(nn.Linear(3, 3))
+    owner.names = {owner[0]: "first"}
+    owner.together = {owner[0]}
+    copy = Replica(owner).module
+    assert copy.names[copy[0]] == "first" and copy.together == {copy[0]}
+
+
 def test_a_module_hidden_in_a_list_is_replicated_with_its_buffers():
     class Student(nn.Module):
         def __init__(self):
@@ -874,6 +882,29 @@ def test_declared_running_statistics_merge_as_means():
     merge(owner, replicas, [1, 3])
     assert torch.equal(owner[0].mean, torch.full((3,), 0.375))
     assert owner[0].count == 1
+
+
+def test_a_declared_statistic_that_begins_as_none_is_no_statistic_yet():
+    class Lazy(nn.Module):
+        running_statistics = ("mean",)
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", None)
+
+    owner = Lazy()
+    replicas = [Replica(owner) for _ in range(2)]
+    for value, replica in enumerate(replicas):
+        replica.module.mean = torch.full((3,), float(value))
+    assert differing_buffer(owner, replicas)[0] == "mean"
+    replicas[0].module.mean.fill_(1.0)
+    merge(owner, replicas, [1, 1])
+    assert torch.equal(owner.mean, torch.ones(3))
+    for value, replica in enumerate(replicas):
+        replica.refresh()
+        replica.module.mean.fill_(float(value))
+    merge(owner, replicas, [1, 1])
+    assert torch.equal(owner.mean, torch.full((3,), 0.5))
 
 
 def test_merging_is_reproducible_bit_by_bit():

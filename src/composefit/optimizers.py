@@ -323,7 +323,7 @@ def _is_pair(value: object) -> bool:
 
 def _is_two_lists(value: Sequence[object]) -> bool:
     """`([optimizers], [schedulers])`, the second a single scheduler if need be."""
-    if len(value) != 2 or not isinstance(value[0], list | tuple) or _is_pair(value[0]):
+    if len(value) != 2 or not isinstance(value[0], list | tuple):
         return False
     second = value[1] if isinstance(value[1], list | tuple) else [value[1]]
     return all(isinstance(one, Optimizer) for one in value[0]) and not any(

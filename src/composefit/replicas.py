@@ -24,6 +24,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain, islice
 from operator import is_, itemgetter
@@ -45,6 +46,7 @@ from torchmetrics.utilities.data import (
 __all__ = ["Replica", "differing_buffer", "merge"]
 
 _F = TypeVar("_F")
+_Write = tuple[nn.Module, str, list[Any]]  # a buffer: its module, its name, each shard's value
 
 _MISSING: Any = object()
 
@@ -158,14 +160,13 @@ class _Rebinding:
             self._open.discard(id(value))
         if all(map(is_, items, found)):
             return value
+        rebuilt: Any = copy.copy(value)
         if isinstance(value, dict):
             half = len(value)
-            rebuilt = copy.copy(value)
             rebuilt.clear()
             rebuilt.update(zip(found[:half], found[half:], strict=True))
             return rebuilt
         if isinstance(value, list):
-            rebuilt = copy.copy(value)
             rebuilt[:] = found
             return rebuilt
         make = getattr(value, "_make", type(value))  # a namedtuple takes its fields apart
@@ -231,11 +232,14 @@ def _content(cell: types.CellType) -> Any:
 class _Buffer:
     """A buffer of the owner, its clone in one replica, and what the clone was at the start."""
 
-    def __init__(self, source: Tensor) -> None:
+    def __init__(self, source: Tensor, statistic: bool) -> None:
         self.source = source
+        self.statistic = statistic
+        self.shape, self.dtype = source.shape, source.dtype
+        self.dense = _dense(source)
         self.before: Tensor | None = None
         self.behind = False  # has been written without its version counter moving
-        with torch.inference_mode(False), torch.no_grad():  # only there tensors have counters
+        with _counted():
             self.clone = source.detach().clone()
         self.note()
 
@@ -244,30 +248,41 @@ class _Buffer:
         self.source_version = _version(self.source)
         self.version = self.clone._version
 
-    def remember(self, values: bool) -> None:
-        """Has a place for the clone's values at the start, or none."""
-        if not values:
+    def remember(self, thorough: bool) -> None:
+        """Makes room for the clone's values at the start, where they will be asked for."""
+        if not (thorough or self.statistic or self.behind):
             self.before = None
         elif self.before is None:
-            with torch.inference_mode(False):
+            with _counted():
                 self.before = torch.empty_like(self.clone)
 
     def source_moved(self) -> bool:
         """Whether the owner's has been written since."""
         return _version(self.source) != self.source_version
 
-    def moved(self, statistic: bool) -> bool:
+    def moved(self) -> bool:
         """Whether the owner's has been written since, and not only the clone."""
         if self.source_moved():
             return True
         # `queue.data[...] = ` moves no counter. A statistic's clone moves without one too.
-        unwritten = not statistic and self.clone._version == self.version
-        return unwritten and _dense(self.source) and not _same(self.clone, self.source)
+        unwritten = not self.statistic and self.clone._version == self.version
+        return unwritten and self.dense and not _same(self.clone, self.source)
 
-    def untouched(self) -> bool:
-        """Whether this is a sparse buffer that nobody has written."""
-        unwritten = self.clone._version == self.version and not self.source_moved()
-        return unwritten and self.clone.layout is self.source.layout and not _dense(self.source)
+    def written(self) -> bool:
+        """Whether the shard has written the clone."""
+        if self.clone._version != self.version:
+            return True
+        if self.before is not None and not _same(self.clone, self.before):
+            self.behind = True
+        return self.behind
+
+    def fits(self) -> bool:
+        """Whether the clone can serve again: ``source.data = ...`` may have changed the shape."""
+        source = self.source
+        if source.shape != self.shape or source.dtype is not self.dtype or source.requires_grad:
+            return False
+        # A sparse one cannot be copied into, and serves as long as nobody writes it.
+        return self.dense or (self.clone._version == self.version and not self.source_moved())
 
     def takes(self, value: Tensor) -> bool:
         """Whether the owner's can take this value in place."""
@@ -294,16 +309,19 @@ class _Twin:
         self.rebound: dict[str, Any] = {}
         self.changed: set[str] = set()  # names to be carried over within a step
         self.growing: dict[str, tuple[Any, int]] = {}  # containers, and their lengths
-        # The copy's own buffers; `given` and `records` are what refresh put there.
+        # The owner's buffers, the copy's, and what refresh put there.
+        self.sources: dict[str, Tensor | None] = {}
         self.buffers: dict[str, Tensor | None] = {}
-        self.size = 0  # and how many these were
         self.given: dict[str, Tensor | None] = {}
         self.records: dict[str, _Buffer] = {}
         self.statistics: tuple[str, ...] = ()
+        self.plain = False  # whether there are others
         self.transient: set[str] = set()  # names of non-persistent buffers
         self.own: dict[str, Any] = {name: OrderedDict() for name in _HOOKS}
+        self.hooks = _hooks_of(self.own)
         self.own["_buffers"] = self.buffers
         self.own["_non_persistent_buffers_set"] = self.transient
+        self.is_metric = isinstance(source, (Metric, MetricCollection))
         self.baseline: dict[str, Any] = {}  # a metric's attributes before the step
 
     def change(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -325,17 +343,15 @@ class _Twin:
         """Names of the buffers, statistics left out, that this shard has written."""
         missing = 0
         for name, given in self.given.items():
+            record = self.records.get(name)
+            if record is not None and record.statistic:
+                continue
             now = self.buffers.get(name, _MISSING)
             missing += now is _MISSING
-            record = self.records.get(name)
-            if now is not given or (record is not None and now._version != record.version):
+            if now is not given or (record is not None and record.written()):
                 yield name
-            elif record is not None and record.before is not None and not _same(now, record.before):
-                record.behind = True
-                yield name
-        if len(self.buffers) + missing != self.size:
-            known = self.given.keys() | self.records.keys()
-            yield from (name for name in self.buffers if name not in known)
+        if len(self.buffers) + missing != len(self.given):
+            yield from (name for name in self.buffers if name not in self.given)
 
 
 class Replica:
@@ -460,7 +476,7 @@ class Replica:
         }
         twin.skip = len(_STANDARD) if tuple(islice(attributes, len(_STANDARD))) == _STANDARD else 0
         self._scan_attributes(twin, attributes, anew=True)
-        for hooks in _hooks_of(attributes):
+        for hooks in filter(None, _hooks_of(attributes)):
             self._rebind(hooks)  # a hook may be the only one to know a module
         for name in twin.slots:
             self._rebind(getattr(twin.source, name, None))
@@ -519,18 +535,19 @@ class Replica:
                 self._scan_attributes(twin, attributes, anew=False)
             if twin.growing:
                 self._scan_containers(twin)
-            own = twin.own
             hooks = _hooks_of(attributes)
-            if any(hooks) or any(_hooks_of(own)):
-                for name, theirs in zip(_HOOKS, hooks, strict=True):
-                    own[name].clear()
-                    own[name].update((key, self._rebind(hook)) for key, hook in theirs.items())
+            if any(hooks) or any(twin.hooks):
+                for mine, found in zip(twin.hooks, hooks, strict=True):
+                    mine.clear()
+                    mine.update((key, self._rebind(hook)) for key, hook in found.items())
             if self._pending:
                 return False
             if within_step and twin.copy.__dict__:
                 _carry_over(twin, attributes)
             else:
-                state = attributes | twin.rebound | own | twin.extras
+                state = attributes | twin.own
+                if twin.rebound or twin.extras:
+                    state |= twin.rebound | twin.extras
                 state["_parameters"] = attributes["_parameters"].copy()
                 state["_modules"] = twin.modules.copy()
                 for name in twin.lists:
@@ -538,12 +555,18 @@ class Replica:
                 object.__setattr__(twin.copy, "__dict__", state)
                 for name in twin.slots:
                     self._read_slot(twin, name)
-                if isinstance(twin.source, (Metric, MetricCollection)):
+                if twin.is_metric:
                     metrics.append(twin)
-            if attributes["_buffers"] or twin.buffers:
+            theirs = attributes["_buffers"]
+            if (theirs or twin.buffers) and (
+                within_step or not self._reuse_buffers(twin, theirs, stale)
+            ):
                 self._read_buffers(twin, buffers, stale, within_step)
-            twin.changed.clear()
-        self._buffers = {key: buffer for key, (buffer, _) in buffers.items()}
+            if twin.changed:
+                twin.changed.clear()
+        if buffers:  # forget those that the owner has no more
+            records = (record for twin in self._twins.values() for record in twin.records.values())
+            self._buffers = {id(record.source): record for record in records}
         self._fill(stale)
         for twin in metrics:
             _start_metric(twin)
@@ -556,6 +579,28 @@ class Replica:
         elif hasattr(twin.copy, name):
             object.__delattr__(twin.copy, name)
 
+    def _reuse_buffers(
+        self, twin: _Twin, theirs: dict[str, Tensor | None], stale: list[_Buffer]
+    ) -> bool:
+        """Puts the same clones into place, if the owner's buffers are the same tensors."""
+        if theirs.keys() != twin.sources.keys() or not all(
+            map(is_, theirs.values(), twin.sources.values())
+        ):
+            return False
+        thorough = self._thorough()
+        for record in twin.records.values():
+            if not record.fits():
+                return False
+            if record.dense:
+                record.remember(thorough)
+                stale.append(record)
+        twin.buffers.clear()
+        twin.buffers.update(twin.given)
+        if twin.transient != twin.source._non_persistent_buffers_set:
+            twin.transient.clear()
+            twin.transient.update(twin.source._non_persistent_buffers_set)
+        return True
+
     def _read_buffers(
         self,
         twin: _Twin,
@@ -563,54 +608,56 @@ class Replica:
         stale: list[_Buffer],
         within_step: bool,
     ) -> None:
-        """Gives the copy its clones; ``stale`` collects those whose values are still to be copied.
+        """Makes the clones that are missing; ``stale`` collects those still to be filled.
 
         ``buffers`` holds for each of the owner's buffers, seen so far, its record and whether it
         is to be put in place: a buffer under two names stays one.
         """
-        mine = twin.buffers
         if not within_step:
-            for held in (mine, twin.given, twin.records, twin.transient):
+            for held in (twin.buffers, twin.given, twin.records, twin.transient):
                 held.clear()
             twin.transient.update(twin.source._non_persistent_buffers_set)
-        for name, source in twin.source._buffers.items():
-            record = None
+        twin.sources = dict(twin.source._buffers)
+        twin.plain = any(
+            source is None or name not in twin.statistics for name, source in twin.sources.items()
+        )
+        for name, source in twin.sources.items():
             # One that requires a gradient is a parameter to somebody: a clone would get none.
-            if source is not None and not source.requires_grad:
-                statistic = name in twin.statistics
-                if id(source) not in buffers:
-                    buffers[id(source)] = self._record(source, statistic, stale, within_step)
-                record, renewed = buffers[id(source)]
-            else:
-                statistic, renewed = False, source is not twin.given.get(name, _MISSING)
-            if within_step and not renewed:
+            if source is None or source.requires_grad:
+                if not within_step or source is not twin.given.get(name, _MISSING):
+                    twin.buffers[name] = twin.given[name] = source
+                    twin.records.pop(name, None)
                 continue
-            mine[name] = source if record is None else record.clone
-            if not statistic:
-                twin.given[name] = mine[name]
-            if record is not None:
+            if id(source) not in buffers:
+                statistic = name in twin.statistics
+                buffers[id(source)] = self._record(source, statistic, stale, within_step)
+            record, renewed = buffers[id(source)]
+            if renewed or not within_step:
+                twin.buffers[name] = twin.given[name] = record.clone
                 twin.records[name] = record
-        if not within_step:
-            twin.size = len(mine)
 
     def _record(
         self, source: Tensor, statistic: bool, stale: list[_Buffer], within_step: bool
     ) -> tuple[_Buffer, bool]:
         record = self._buffers.get(id(source))
-        if record is None or record.source is not source:
-            record, renewed = _Buffer(source), True
+        if record is None or record.source is not source or not (record.fits() or within_step):
+            record, renewed = _Buffer(source, statistic), True
         else:
-            renewed = not within_step or record.moved(statistic)
-            # `source.data = ...` may have changed the shape; a sparse one cannot be copied into.
-            if renewed and not record.takes(record.clone) and not record.untouched():
-                record = _Buffer(source)
-        if renewed and _dense(source):
-            # Writes through `.data` move no version counter. They begin early as a rule and go on:
-            # values are compared in the steps 1, 2, 4, 8, ..., and always where that found one.
-            thorough = not self._refreshes & (self._refreshes - 1)
-            record.remember(statistic or thorough or record.behind)
+            renewed = not within_step or record.moved()
+            if renewed and not record.fits():
+                record = _Buffer(source, statistic)
+        if renewed and record.dense:
+            record.remember(self._thorough())
             stale.append(record)
         return record, renewed
+
+    def _thorough(self) -> bool:
+        """Whether values are compared in this step, and not only version counters.
+
+        Writes through ``.data`` move no counter. As a rule they begin early and go on: steps 1,
+        2, 4, 8, ... find them at little cost, and where one was found, every step looks.
+        """
+        return not self._refreshes & (self._refreshes - 1)
 
     def _fill(self, stale: list[_Buffer]) -> None:
         """Copies the owner's values into the clones, without a graph."""
@@ -618,9 +665,9 @@ class Replica:
             return
         with torch.no_grad():
             torch._foreach_copy_([b.clone for b in stale], [b.source for b in stale])
-            before = [(b.before, b.clone) for b in stale if b.before is not None]
-            if before:
-                torch._foreach_copy_(*map(list, zip(*before, strict=True)))
+            kept = [(b.before, b.clone) for b in stale if b.before is not None]
+            if kept:
+                torch._foreach_copy_([before for before, _ in kept], [clone for _, clone in kept])
         for buffer in stale:
             buffer.note()
 
@@ -630,7 +677,7 @@ def _carry_over(twin: _Twin, attributes: dict[str, Any]) -> None:
     state = twin.copy.__dict__
     state["_parameters"] = attributes["_parameters"].copy()
     state["_modules"] = twin.modules.copy()
-    if isinstance(twin.source, (Metric, MetricCollection)):
+    if twin.is_metric:
         return  # a shard's states are its own until they are merged
     for name in twin.changed - twin.extras.keys():
         if name in twin.seen:
@@ -681,6 +728,11 @@ def _last(container: Any, count: int) -> Iterable[Any]:
     return islice(reversed(container), count) if isinstance(container, list) else container
 
 
+def _counted() -> AbstractContextManager[Any]:
+    """Tensors that are made in inference mode have no version counters."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
 def _dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided
 
@@ -725,11 +777,7 @@ def differing_buffer(owner: nn.Module, replicas: Sequence[Replica]) -> tuple[str
     Returns:
         The buffer's qualified name and how the shards differ, or None if none does.
     """
-    for source, name, values in _writes(replicas):
-        for shard, value in enumerate(values):
-            if not _same(values[0], value):
-                return _name(owner, source, name), _difference(values[0], shard, value)
-    return None
+    return _difference(owner, _writes(replicas))
 
 
 def merge(owner: nn.Module, replicas: Sequence[Replica], weights: Sequence[float]) -> None:
@@ -758,7 +806,8 @@ def merge(owner: nn.Module, replicas: Sequence[Replica], weights: Sequence[float
             f"expected one weight for each of {len(replicas)} replicas, with a positive sum; "
             f"got {list(weights)}"
         )
-    found = differing_buffer(owner, replicas)
+    writes = list(_writes(replicas))
+    found = _difference(owner, writes)
     if found is not None:
         name, difference = found
         raise ValueError(
@@ -769,75 +818,79 @@ def merge(owner: nn.Module, replicas: Sequence[Replica], weights: Sequence[float
     metrics = _merged_metrics(owner, replicas)
     with torch.no_grad():
         _merge_statistics(replicas, [weight / total for weight in weights])
-        _take_over(owner, replicas)
+        _take_over(owner, replicas, writes)
     for metric, values in metrics:
         for name, value in values.items():
             setattr(metric, name, value)
 
 
-def _writes(replicas: Sequence[Replica]) -> Iterator[tuple[nn.Module, str, list[Any]]]:
+def _writes(replicas: Sequence[Replica]) -> Iterator[_Write]:
     """Module, name and each shard's value of every buffer that some shard has written."""
     found: dict[tuple[int, str], nn.Module] = {}
     for replica in replicas:
         for key, twin in replica._twins.items():
-            if twin.buffers or twin.given:
+            if twin.plain or len(twin.buffers) != len(twin.given):
                 found.update(((key, name), twin.source) for name in twin.written())
     for (key, name), source in found.items():
         yield source, name, [r._twins[key].buffers.get(name, _MISSING) for r in replicas]
 
 
-def _difference(first: Any, shard: int, other: Any) -> str:
-    kinds = []
-    for value in (first, other):
-        tensor = isinstance(value, Tensor)
-        kinds.append(f"{value.dtype} {tuple(value.shape)}" if tensor else "no tensor")
-    if kinds[0] != kinds[1]:
-        return f"shard 0 has {kinds[0]}, shard {shard} has {kinds[1]}"
-    return f"shards 0 and {shard} hold different values"
+def _difference(owner: nn.Module, writes: Iterable[_Write]) -> tuple[str, str] | None:
+    for source, name, values in writes:
+        first = values[0]
+        for shard, other in enumerate(values):
+            if not _same(first, other):
+                kinds = [_kind(first), _kind(other)]
+                reason = (
+                    f"shards 0 and {shard} hold different values"
+                    if kinds[0] == kinds[1]
+                    else f"shard 0 has {kinds[0]}, shard {shard} has {kinds[1]}"
+                )
+                return _name(owner, source, name), reason
+    return None
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
 
 
 def _merge_statistics(replicas: Sequence[Replica], shares: Sequence[float]) -> None:
     first, *_ = replicas
-    rows: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}
+    groups: dict[Any, dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]]] = {}
     for key, twin in first._twins.items():
         for name in twin.statistics:
             target = twin.source._buffers.get(name)
-            if target is None or id(target) in rows:  # a buffer may have two names
+            if target is None:
                 continue
             changes = [replica._twins[key].change(name) for replica in replicas]
-            if None not in changes:
-                rows[id(target)] = (target, [change for change in changes if change is not None])
-    if not rows:
-        return
-    targets = [target for target, _ in rows.values()]
-    total: list[Tensor] = []
-    for shard, share in enumerate(shares):
-        after = [_wide(changes[shard][1]) for _, changes in rows.values()]
-        before = [_wide(changes[shard][0]) for _, changes in rows.values()]
-        change = list(torch._foreach_sub(after, before))
-        torch._foreach_mul_(change, share)
-        if total:
-            torch._foreach_add_(total, change)
-        else:
-            total = change
-    # The owner's own values, which a hook may have written since, and not what shards began with.
-    merged = torch._foreach_add([_wide(target) for target in targets], total)
-    for target, value in zip(targets, merged, strict=True):
-        if not target.is_floating_point():
-            value.round_()
-    torch._foreach_copy_(targets, merged)
+            found = [change for change in changes if change is not None]
+            if len(found) == len(changes):
+                group = groups.setdefault((target.dtype, target.device), {})
+                group.setdefault(id(target), (target, found))  # a buffer may have two names
+    for rows in groups.values():
+        targets = [target for target, _ in rows.values()]
+        # What the owner holds now, which a hook may have written, plus what the shards changed.
+        merged = _flat(targets)
+        for shard, share in enumerate(shares):
+            before = _flat(changes[shard][0] for _, changes in rows.values())
+            after = _flat(changes[shard][1] for _, changes in rows.values())
+            merged = merged + (after - before) * share
+        if not targets[0].is_floating_point():
+            merged.round_()
+        torch._foreach_copy_(targets, list(torch._C._nn.unflatten_dense_tensors(merged, targets)))
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32; integers as float64, which is exact for counts."""
-    if tensor.dtype in (torch.float32, torch.float64):
-        return tensor
-    return tensor.float() if tensor.is_floating_point() else tensor.double()
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All of them in one, in at least float32; counts in float64, which is exact for them."""
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))
+    if flat.dtype in (torch.float32, torch.float64):
+        return flat
+    return flat.float() if flat.is_floating_point() else flat.double()
 
 
-def _take_over(owner: nn.Module, replicas: Sequence[Replica]) -> None:
+def _take_over(owner: nn.Module, replicas: Sequence[Replica], writes: list[_Write]) -> None:
     """Gives the owner the buffers that all shards wrote alike."""
-    for source, name, (value, *_) in list(_writes(replicas)):
+    for source, name, (value, *_) in writes:
         mine = source._buffers.get(name, _MISSING)
         if _same(mine, value):
             continue
@@ -904,7 +957,7 @@ def _merged_metrics(
     merged = []
     for key, twin in replicas[0]._twins.items():
         metric = twin.source
-        if isinstance(metric, Metric):
+        if twin.is_metric and isinstance(metric, Metric):
             parts = [replica._twins[key] for replica in replicas]
             parts = [part for part in parts if part.updated()]
             if parts:

@@ -35,6 +35,9 @@ from composefit.strategies import Strategy, choose
 
 __all__ = ["Trainer"]
 
+#: Changes when older checkpoints cannot be read as they are.
+CHECKPOINT_FORMAT = 1
+
 
 class Trainer:
     """Trains a `LoopModule` under a strategy.
@@ -156,6 +159,7 @@ class Trainer:
         self._stepper: Stepper | None = None
         self._hooks: HookCaller | None = None
         self._hook_context = Context(None)
+        self._hook_context.training = False  # what hooks log counts once an epoch
         self._epoch_updates: dict[str, int] = {}
         self._epoch_steps = 0
         self._samples_per_step: int | None = None
@@ -281,7 +285,7 @@ class Trainer:
         callbacks = {f"{i}.{type(c).__name__}": c.state_dict() for i, c in enumerate(self.callbacks)}
         named = self.optimizers.items()
         state = {
-            "composefit": checkpoint.FORMAT,
+            "composefit_checkpoint": CHECKPOINT_FORMAT,
             "module": self.module.state_dict(),
             "optimizers": {name: one.optimizer.state_dict() for name, one in named},
             "schedulers": {
@@ -322,10 +326,14 @@ class Trainer:
         """What was logged with `prog_bar=True`; waits for the device."""
         return {**self.logs.bar_values(), **self.evaluation_logs.bar_values()}
 
-    def describe_batch(self, batch: Any) -> str:
-        """How a loader's batch is cut: `32 = 2 threads x 16`."""
+    def describe_batch(self, batch: Any) -> str | None:
+        """How a loader's batch is cut, `32 = 2 threads x 16`; None where its size is not known."""
         assert self.module is not None
-        return self.strategy.describe(batch_size(self.module, batch))
+        try:
+            samples = batch_size(self.module, batch)
+        except (TypeError, ValueError):  # if somebody needs the size, the step will say so
+            return None
+        return self.strategy.describe(samples)
 
     # -- what loops call -----------------------------------------------------------------------------
 

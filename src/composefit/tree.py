@@ -83,8 +83,8 @@ __all__ = [
 def samples_of(value: Any) -> int | None:
     """The number of samples in a value of a registered type; ``None`` replicates it.
 
-    Open to users: ``composefit.tree.samples_of.register(MyType, function)``. A registration takes
-    precedence over everything this module knows about the type.
+    Open to users: ``composefit.tree.samples_of.register(MyType, function)``. A registered
+    type is never looked into, whatever it is made of.
 
     Args:
         value: an object of a registered type.

@@ -106,8 +106,7 @@ def test_in_a_terminal_there_is_colour(make_trainer, terminal):
 
 
 def test_the_cut_of_the_first_batch_is_told_once_a_fit(make_trainer, pipe):
-    strategy = SimpleNamespace(describe=lambda batch: f"{len(batch)} = 2 threads x 16")
-    trainer = make_trainer(strategy=strategy)
+    trainer = make_trainer(describe_batch=lambda batch: f"{len(batch)} = 2 threads x 16")
     summary = ModelSummary(console=pipe)
     for _ in range(2):
         summary.on_fit_start(trainer, GAN())
@@ -116,16 +115,17 @@ def test_the_cut_of_the_first_batch_is_told_once_a_fit(make_trainer, pipe):
     assert pipe.file.getvalue().count("one batch  32 = 2 threads x 16\n") == 2
 
 
-def test_a_strategy_that_does_not_describe_is_left_alone(make_trainer, pipe):
+def test_a_batch_of_unknown_size_is_left_out(make_trainer, pipe):
+    trainer = make_trainer(describe_batch=lambda batch: None)
     summary = ModelSummary(console=pipe)
-    summary.on_fit_start(make_trainer(), GAN())
-    summary.on_train_batch_start(make_trainer(), None, [0], 0)
+    summary.on_fit_start(trainer, GAN())
+    summary.on_train_batch_start(trainer, None, [0], 0)
     assert "one batch" not in pipe.file.getvalue()
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_start"])
 def test_other_ranks_print_nothing(make_trainer, pipe, hook):
-    trainer = make_trainer(is_global_zero=False, strategy=SimpleNamespace(describe=str))
+    trainer = make_trainer(is_global_zero=False, describe_batch=str)
     summary = ModelSummary(console=pipe)
     summary.on_fit_start(trainer, GAN())
     if hook == "on_train_batch_start":

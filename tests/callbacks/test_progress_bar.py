@@ -267,6 +267,16 @@ def test_a_metric_wider_than_the_terminal_is_cut_not_wrapped():
     assert len(capture.get().splitlines()) == 2
 
 
+def test_a_metric_stays_in_its_column_whatever_the_values_before_it():
+    columns = set()
+    for value in (0.5, -0.5, 12345.6, -1.234e-05, float("nan")):
+        console = Console(width=80, color_system=None)
+        with console.capture() as capture:
+            console.print(_rendered(_View({"a": value, "b": 1.0}, _Row("epoch 1", 1, 2)), 80))
+        columns.add(capture.get().splitlines()[1].index("b 1.000"))
+    assert len(columns) == 1
+
+
 def test_brackets_in_a_metric_name_are_no_markup(make_trainer, clock, terminal):
     trainer = make_trainer(metrics=lambda: {"loss[red]": 1.0})
     fit(trainer, ProgressBar(console=terminal), clock)

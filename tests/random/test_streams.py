@@ -1,3 +1,4 @@
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -308,6 +309,34 @@ def test_fake_and_meta_tensors_go_through() -> None:
         assert torch.empty(3, device="meta").normal_().device.type == "meta"
         assert torch.randn(3, device="meta").shape == (3,)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*Overriding a previously registered kernel")
+def test_kernels_of_other_devices_do_not_get_the_stream_s_generator() -> None:
+    # A CUDA kernel would refuse it.
+    got = []
+
+    def spy(self: torch.Tensor, *_: float, generator: torch.Generator | None = None) -> Any:
+        got.append(generator)
+        return self
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("normal_", spy, "Meta")
+    with thread_local_generators(), Stream():
+        torch.empty(3, device="meta").normal_()
+    del library
+    assert got == [None]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_draws_from_its_own_generator() -> None:
+    draws = []
+    for context in (contextlib.nullcontext(), thread_local_generators()):
+        torch.cuda.manual_seed(1)
+        with context, Stream() if draws else contextlib.nullcontext():
+            draws.append(F.dropout(torch.randn(100, device="cuda"), 0.5))
+    assert torch.equal(*draws)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -22,8 +22,8 @@ class ModelSummary(Callback):
     trainable, and their size in MiB (2**20 bytes). The other lists the optimizers: class, number of
     parameters, learning rates; trainable parameters that no optimizer was given have a row of their
     own. A parameter that several children share counts in each, and once in the total. When the
-    first batch is there, a line says how the strategy cuts it (``32 = 2 threads x 16``), if
-    ``trainer.strategy.describe(batch)`` exists.
+    first batch is there, a line says how the strategy cuts it (``32 = 2 threads x 16``), which
+    ``trainer.describe_batch(batch)`` tells (None where the size of a batch is not known).
 
     The trainer brings one along for ``enable_model_summary=True``; it is printed by rank zero, in
     ``on_fit_start``, after ``configure_optimizers``. Without a terminal the tables are plain text
@@ -45,17 +45,17 @@ class ModelSummary(Callback):
         _print(console, Padding(_children_table(module), (1, 1)))
         if trainer.optimizers:
             _print(console, Padding(_optimizers_table(module, trainer.optimizers), (0, 1, 1, 1)))
-        self._describe_next_batch = hasattr(trainer.strategy, "describe")
+        self._describe_next_batch = True
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Print how the strategy cuts the fit's first batch."""
         if self._describe_next_batch:
             self._describe_next_batch = False
-            line = Text.assemble(
-                ("  one batch  ", "bright_black"), trainer.strategy.describe(batch)
-            )
-            # Through the console, since a progress bar may be on it already.
-            _print(self._console or get_console(), line)
+            cut = trainer.describe_batch(batch)
+            if cut is not None:
+                line = Text.assemble(("  one batch  ", "bright_black"), cut)
+                # Through the console, since a progress bar may be on it already.
+                _print(self._console or get_console(), line)
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Forget the batch that did not come."""

@@ -24,8 +24,11 @@ _run_backward = getattr(
 )
 
 # References to a gradient that nobody else holds, seen from inside `own`: the engine's tuple, the
-# loop variable, and getrefcount's argument.
+# variable there, and getrefcount's argument. (Iterating with zip would add one.)
 _OWN_REFERENCES = 3
+
+# References from C++ (a saved tensor, say) are counted apart from Python's; private, so optional.
+_counts_uses = hasattr(Tensor, "_use_count")
 
 
 def differentiate(
@@ -67,15 +70,19 @@ def own(gradients: Sequence[Tensor | None], parameters: Sequence[Parameter]) -> 
     """
     owned: Gradients = []
     spans: list[tuple[int, int, int]] = []
-    for gradient, parameter in zip(gradients, parameters, strict=True):
+    for i, parameter in enumerate(parameters):
+        gradient = gradients[i]
         if gradient is None or gradient.layout is not torch.strided:
             owned.append(gradient)
             continue
-        held = sys.getrefcount(gradient) > _OWN_REFERENCES
-        if held or gradient.stride() != parameter.stride():
+        if (
+            gradient.stride() != parameter.stride()
+            or sys.getrefcount(gradient) > _OWN_REFERENCES
+            or (_counts_uses and gradient._use_count() > 1)  # type: ignore[attr-defined]
+        ):
             gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         start = gradient.data_ptr()
-        spans.append((start, start + gradient.numel() * gradient.element_size(), len(owned)))
+        spans.append((start, start + gradient.nbytes, i))
         owned.append(gradient)
     spans.sort()
     for (_, end, _), (start, _, index) in zip(spans, spans[1:], strict=False):

@@ -5,6 +5,7 @@ Every gradient of a simultaneous update is checked before any optimizer steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
@@ -131,9 +132,8 @@ class Stepper:
         if not self.on_cpu:
             return self._finite_late(totals, step)
         for name, (parameters, found) in totals.items():
-            # The sum of x - x is zero, or NaN for what is not finite; the fused check is faster.
             self._check(gradients.values(found), self.one)
-            if self.found.item() or not torch.isfinite(losses[name]):
+            if self.found.item() or not math.isfinite(losses[name].item()):
                 self.found.zero_()
                 if self.on_nonfinite == "skip":
                     return False

@@ -36,7 +36,7 @@ class GlobalGenerators:
         # Asking NumPy for its state takes twice as long as asking Python, so the state is read
         # where NumPy publishes it for C. That leaves out the second number of a pair of normals,
         # which is kept elsewhere and can go without a trace: only while there is one, ask.
-        generator: Any = np.random.mtrand._rand._bit_generator
+        generator = np.random.get_bit_generator()
         if not isinstance(generator, np.random.MT19937):
             return repr(np.random.get_state(legacy=False))
         state = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
+from composefit.lockstep import gradients
+from composefit.lockstep.gradients import Gradients
 from composefit.lockstep.guards import no_parametrization_cache
 from composefit.strategies.base import Strategy
+from composefit.strategies.splitting import WORTHWHILE, SplitOptimizer, add_split, dense
 
 
 class ThreadDataParallel(Strategy):
@@ -39,6 +47,7 @@ class ThreadDataParallel(Strategy):
         self.lanes = usable_cores() if threads is None else threads
         self.intra_op_threads = intra_op_threads
         self._workers: list[_Worker] = []
+        self._split: WeakKeyDictionary[Optimizer, SplitOptimizer] = WeakKeyDictionary()
         self._threads_before = 1
         self._refusing = no_parametrization_cache()
 
@@ -55,6 +64,7 @@ class ThreadDataParallel(Strategy):
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.stop()
+        self._split.clear()
         self._refusing.__exit__(None, None, None)
         torch.set_num_threads(self._threads_before)
 
@@ -83,9 +93,46 @@ class ThreadDataParallel(Strategy):
         if interrupt is not None:
             raise interrupt
 
+    def add_up(self, lanes: Sequence[Gradients], parameters: Sequence[Parameter]) -> Gradients:
+        """As `Strategy.add_up`; large gradients are added by all workers, each its part."""
+        total, *others = lanes
+        for other in others:
+            small, targets, summands = list(other), [], []
+            for i, (target, summand) in enumerate(zip(total, other, strict=True)):
+                if _splittable(target, summand):
+                    targets.append(target)
+                    summands.append(summand)
+                    small[i] = None
+            if sum(t.numel() for t in targets) >= WORTHWHILE:
+                add_split(targets, summands, self.lanes, self.run)
+                gradients.add_(total, small, parameters)
+            else:
+                gradients.add_(total, other, parameters)
+        return total
+
+    def optimizer_step(self, optimizer: Optimizer) -> None:
+        """As `Strategy.optimizer_step`; large elementwise optimizers by all workers."""
+        if self.lanes > 1 and self._workers and SplitOptimizer.suits(optimizer):
+            split = self._split.get(optimizer)
+            if split is None:
+                split = self._split[optimizer] = SplitOptimizer(optimizer, self.lanes)
+            if split.step(self.run):
+                return
+        optimizer.step()
+
     def describe(self, samples: int) -> str:
         """As `Strategy.describe`."""
         return f"{samples} = {self.lanes} threads x {-(-samples // self.lanes)}"
+
+
+def _splittable(target: Tensor | None, summand: Tensor | None) -> TypeGuard[Tensor]:
+    return (
+        target is not None
+        and summand is not None
+        and target.layout is summand.layout is torch.strided
+        and target.stride() == summand.stride()
+        and dense(target)
+    )
 
 
 class _Worker:

@@ -1,0 +1,303 @@
+"""Checkpoints: plain data in one file, replaced as a whole and verified when read.
+
+A file is either the old one or the new one, whenever the process is killed; it holds nothing that
+a safe load could not read back; and one that was cut short or changed since is never loaded.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import secrets
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+if sys.platform != "win32":
+    import fcntl
+
+#: The version of what a trainer writes; it stands in the file under the key `"composefit"`.
+FORMAT = 1
+
+
+def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a checkpoint, in place of the one that may be there.
+
+    Args:
+        path: the file; folders above it are made.
+        state: plain data: tensors, numbers, text, bytes, None, and dicts, lists, tuples and sets
+            of these; in short, what `torch.load(weights_only=True)` reads.
+
+    Raises:
+        TypeError: something that a safe load could not read back, named by its path in `state`.
+        OSError: the file could not be written: no permission, disk full. As with every error, what
+            was at `path` before is unchanged.
+
+    Source: the file format is that of `torch.save`.
+    """
+    if not isinstance(state, dict):
+        raise TypeError(f"a checkpoint is a dict, got {type(state).__name__}")
+    _refuse_unreadable(state, "state", set())
+    with replacing(path) as file, _checksums():
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # torch's writer raises while it closes, which hides that the disk is full.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, verified, and without running any code from it.
+
+    Args:
+        path: the file.
+        map_location: the device that its tensors go to.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: the file is damaged (cut short, or a bit has flipped), or is no checkpoint of
+            plain data. Nothing was loaded.
+
+    Source: each record's CRC-32, which the zip format of `torch.save` carries and `torch.load`
+    does not look at.
+    """
+    # Opened once, so that what is loaded is what was verified.
+    with open(path, "rb") as file:
+        _verify(file, Path(path))
+        try:
+            state = torch.load(file, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            # Not chained: torch's text recommends weights_only=False, which runs the file's code.
+            raise RuntimeError(
+                f"{path} was not loaded: it asks for {_foreign(file)}, and a checkpoint holds "
+                "plain data only. None of its code was run"
+            ) from None
+        except Exception as error:
+            raise RuntimeError(f"{path} could not be loaded: {error}") from error
+    if not isinstance(state, dict):
+        raise RuntimeError(f"{path} is no checkpoint: it holds a {type(state).__name__}, no dict")
+    return state
+
+
+# -- what a safe load reads ------------------------------------------------------------------------
+
+
+def _refuse_unreadable(value: Any, where: str, seen: set[int]) -> None:
+    """Raise TypeError for the first thing, by its path, that a safe load would not read."""
+    kind = type(value)
+    if value is None or kind in (bool, float, str) or (kind is int and value.bit_length() <= 64):
+        return
+    # A tensor with attributes takes them along, so it is asked about like anything else.
+    if kind in (Tensor, Parameter) and not value.__dict__:
+        return
+    if kind in (dict, OrderedDict, list, tuple):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, dict):
+            for key, item in value.items():
+                _refuse_unreadable(key, f"the key {key!r} of {where}", seen)
+                label = f'"{key}"' if isinstance(key, str) else repr(key)
+                _refuse_unreadable(item, f"{where}[{label}]", seen)
+        else:
+            for index, item in enumerate(value):
+                _refuse_unreadable(item, f"{where}[{index}]", seen)
+        # `nn.Module.state_dict` hangs its metadata on the dict it returns.
+        for name, item in getattr(value, "__dict__", {}).items():
+            _refuse_unreadable(item, f"{where}.{name}", seen)
+    elif not _reads_back(value):
+        raise TypeError(
+            f"{where} is a {kind.__module__}.{kind.__qualname__}, which a safe load does not read "
+            "back: store plain data in its place, such as str(path), torch.from_numpy(array), "
+            "number.item(), member.value, or a dict of what is needed to build it again"
+        )
+
+
+def _reads_back(value: object) -> bool:
+    """Ask torch itself, since its list of what is safe is its own and changes."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+# -- whole files -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` at the end, or of nothing if that fails.
+
+    It is written beside `path` under another name (a rename is atomic only within a file system),
+    forced to the disk, and renamed. What killed processes left of such files for the same `path`
+    is removed.
+
+    Yields:
+        The file, open for writing bytes.
+
+    Raises:
+        OSError: from the file system; with every error, what was at `path` before is unchanged.
+    """
+    path = Path(path)
+    file: BinaryIO | None = None
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        file = _open_temporary(path)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        if sys.platform == "win32":  # there, an open file cannot be renamed
+            file.close()
+        os.replace(file.name, path)
+    except BaseException as error:
+        error.add_note(f"while {path} was written; what was there before is unchanged")
+        if file is not None:
+            with suppress(OSError):
+                os.unlink(file.name)
+        raise
+    finally:
+        if file is not None:
+            with suppress(OSError):  # after a full disk: what is buffered still does not fit
+                file.close()
+    _sync_folder(path.parent)
+
+
+def plain_name(name: str) -> str:
+    """The name of a file in a given folder, refused if it could lead out of that folder.
+
+    Args:
+        name: what the user wants to call the file.
+
+    Returns:
+        The same name.
+
+    Raises:
+        TypeError: it is no str.
+        ValueError: it is empty, `.` or `..`, or holds a separator of folders.
+
+    Example:
+        >>> plain_name("metrics.csv")
+        'metrics.csv'
+        >>> plain_name("../../metrics.csv")
+        Traceback (most recent call last):
+            ...
+        ValueError: '../../metrics.csv' is no name of a file: give the folder separately
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a file's name must be a str, got {name!r}")
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise ValueError(f"{name!r} is no name of a file: give the folder separately")
+    return name
+
+
+def _open_temporary(path: Path) -> BinaryIO:
+    while True:
+        # Not tempfile's, which nobody else may read: the usual permissions.
+        file = open(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"), "xb")  # noqa: SIM115
+        _lock(file)
+        # Before the lock was ours, another process may have taken the file for a leftover.
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
+def _remove_leftovers(path: Path) -> None:
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{16}\.tmp")
+    for found in path.parent.iterdir():
+        if pattern.fullmatch(found.name):
+            with suppress(OSError), open(found, "r+b") as file:
+                if _lock(file, wait=False):
+                    found.unlink()
+
+
+def _lock(file: BinaryIO, wait: bool = True) -> bool:
+    """Lock a file until it is closed, or its process dies; False if that cannot be.
+
+    A lock rather than a process id in the name: it goes whenever the process does, on whichever
+    machine, while ids are used again (a training in a container has the same one each time).
+    """
+    if sys.platform == "win32":
+        return not wait  # there, a file that somebody holds open cannot be removed anyway
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last; where a folder cannot be forced to the disk, the file is whole anyway."""
+    if sys.platform == "win32":
+        return
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# -- verification ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """Have CRC-32s written: without them every file would look damaged."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _verify(file: BinaryIO, path: Path) -> None:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # damage to the directory shows in many ways
+        raise _damaged(path, str(error) or type(error).__name__) from error
+    if damaged is not None:
+        raise _damaged(path, f"the record {damaged} does not match its checksum")
+    file.seek(0)
+
+
+def _damaged(path: Path, what: str) -> RuntimeError:
+    others = [
+        (other.stat().st_mtime, other.name)
+        for other in path.parent.glob(f"*{path.suffix}")
+        if other.is_file() and other.name != path.name and not other.name.startswith(".")
+    ]
+    hint = f"; the latest other one beside it is {max(others)[1]}" if others else ""
+    return RuntimeError(
+        f"{path} ({path.stat().st_size} bytes) is damaged or no checkpoint: {what}. It was not "
+        f"written to its end, or has changed since: use another{hint}"
+    )
+
+
+def _foreign(file: BinaryIO) -> str:
+    file.seek(0)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    return ", ".join(sorted(names)) or "more than a safe load allows"

@@ -1,0 +1,1 @@
+"""`composefit demo`: a GAN learns to write digits, with the two networks in one training step."""

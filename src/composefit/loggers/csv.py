@@ -1,0 +1,161 @@
+"""The logger that is always there: a table that every tool reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from composefit.checkpoint import plain_name, replacing
+from composefit.loggers.logger import Logger
+
+
+class CSVLogger(Logger):
+    """Writes `metrics.csv`: a row per call, a column per metric.
+
+    The columns are `step`, `epoch`, and the metrics in the order in which they first came; what a
+    row does not have is empty. A file that is there already is continued, as a resumed run needs.
+    A metric that comes later makes the file be written anew, in one piece. Names and text that a
+    spreadsheet would take for a formula get an apostrophe in front.
+
+    Args:
+        root: the folder; made when there is something to write.
+        name: the file in it.
+        flush_every: rows that are kept in memory before they are written together. Values are
+            converted only then, so logging a tensor does not wait for its device.
+
+    Raises:
+        TypeError: `name` is no str, or `flush_every` no int.
+        ValueError: `name` leads out of `root`, or `flush_every` is not at least 1.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], name: str = "metrics.csv", flush_every: int = 100
+    ) -> None:
+        if not isinstance(flush_every, int) or isinstance(flush_every, bool):
+            raise TypeError(f"flush_every must be an int, got {flush_every!r}")
+        if flush_every < 1:
+            raise ValueError(f"flush_every must be at least 1 (rows), got {flush_every}")
+        self.path = Path(root) / plain_name(name)
+        self.flush_every = flush_every
+        self._rows: list[dict[str, Any]] = []
+        self._columns: list[str] | None = None  # of the file, once this logger has written it
+        self._columns_there()  # a foreign file is refused now, not after hours of training
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Add a row.
+
+        Raises:
+            ValueError: a metric is called `step`, or the file there is none of this logger's.
+            OSError: the rows could not be written.
+        """
+        if "step" in metrics:
+            raise ValueError("the column 'step' holds the step itself: log under another name")
+        self._rows.append({"step": step, **metrics})
+        if len(self._rows) >= self.flush_every:
+            self.flush()
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        """Write the settings as JSON beside the table; what JSON does not have as its `repr`."""
+        text = json.dumps(params, indent=2, default=repr) + "\n"
+        with replacing(self.path.with_suffix(".hparams.json")) as file:
+            file.write(text.encode())
+
+    def finalize(self, status: str) -> None:
+        """Write the rows that are still in memory."""
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that are still in memory.
+
+        Raises:
+            ValueError: the file there is none of this logger's.
+            OSError: the rows could not be written.
+        """
+        if not self._rows:
+            return
+        rows = [{_safe(name): _cell(v) for name, v in row.items()} for row in self._rows]
+        before = self._columns_there() if self._columns is None else self._columns
+        names = ["step", "epoch", *before, *(name for row in rows for name in row)]
+        columns = list(dict.fromkeys(names))
+        if columns == self._columns and self.path.exists():
+            self._append(_table(columns, rows))
+        else:
+            self._write_anew(columns, rows)
+            self._columns = columns
+        self._rows.clear()
+
+    def _append(self, data: bytes) -> None:
+        # Unbuffered, so that after a failure nothing is left that closing would write.
+        with open(self.path, "ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except BaseException:
+                file.truncate(end)
+                raise
+
+    def _write_anew(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+        with replacing(self.path) as file:
+            file.write(_table(columns, [dict(zip(columns, columns, strict=True))]))
+            for row in self._rows_there():
+                file.write(_table(columns, [row]))
+            file.write(_table(columns, rows))
+
+    def _columns_there(self) -> list[str]:
+        """The columns of the file as it is; none if there is no file."""
+        if not self.path.exists():
+            return []
+        with open(self.path, encoding="utf-8", newline="") as file:
+            columns = next(csv.reader(_whole_lines(file)), [])
+        if columns and columns[0] != "step":
+            raise ValueError(
+                f"{self.path} is no table of metrics, its first column is {columns[0]!r}: give "
+                "CSVLogger another root or name"
+            )
+        return columns
+
+    def _rows_there(self) -> Iterator[dict[str, str]]:
+        if not self.path.exists():
+            return
+        with open(self.path, encoding="utf-8", newline="") as file:
+            reader = csv.reader(_whole_lines(file))
+            columns = next(reader, [])
+            for row in reader:
+                if len(row) == len(columns):
+                    yield dict(zip(columns, row, strict=True))
+
+
+def _whole_lines(file: Iterable[str]) -> Iterator[str]:
+    """Without the end of a file whose writer was killed in the middle of a line."""
+    return (line for line in file if line.endswith("\n"))
+
+
+def _table(columns: list[str], rows: Iterable[dict[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _safe(value)
+    if isinstance(value, int):
+        return str(int(value))  # a bool as 0 or 1
+    return repr(float(value))  # the shortest text that reads back as the same number
+
+
+def _safe(text: str) -> str:
+    """Text that no spreadsheet takes for a formula.
+
+    Source: OWASP, "CSV Injection". An apostrophe in front gets another one, so that different
+    names stay different.
+    """
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else text
