@@ -7,50 +7,29 @@ update, too, and throws them away. One torch thread.
 
 from __future__ import annotations
 
-import functools
-
 from models import GAN, WORKLOADS
-from overhead import lightning_gan
-from timing import (
-    CONTROL,
-    Train,
-    arguments,
-    console,
-    gather_contestants,
-    in_process,
-    machine,
-    overhead_table,
-    race,
-)
-
-COMPOSEFIT = "composefit"
-
-
-def composefit(work: GAN) -> Train:
-    import ours
-
-    return functools.partial(ours.train, work, strategy="single")
+from overhead import COMPOSEFIT, composefit, contestants_for, lightning_gan
+from timing import arguments, console, machine, overhead_table, race
 
 
 def main() -> None:
-    options = arguments(str(__doc__), rounds=20)
+    options = arguments(str(__doc__), rounds=20, one_thread=True)
     steps = 4 if options.quick else 10
     work = WORKLOADS["DCGAN"]
     assert isinstance(work, GAN)
-    batches = work.batches(4)
-    contestants = gather_contestants(
+    contestants = contestants_for(
+        work,
         {
-            "bare loop": lambda: in_process(work.train, batches, comparable=False),
-            CONTROL: lambda: in_process(work.train, batches, comparable=False),
-            COMPOSEFIT: lambda: in_process(composefit(work), batches, comparable=False),
-            "Lightning, manual optimization": lambda: in_process(
-                lightning_gan(work), batches, comparable=False
-            ),
-        }
+            COMPOSEFIT: lambda: composefit(work),
+            "Lightning, manual optimization, one self.log": lambda: lightning_gan(work),
+        },
+        options.clock,
     )
     result = race(contestants, rounds=options.rounds, steps=steps)
     console.print(
-        overhead_table("A step of the DCGAN", result, targets={COMPOSEFIT: 0.97}),
+        overhead_table(
+            "A step of the DCGAN", result, targets={COMPOSEFIT: 0.97}, clock=options.clock
+        ),
         machine("lightning"),
     )
 

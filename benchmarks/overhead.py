@@ -17,6 +17,7 @@ import torch
 from models import GAN, WORKLOADS, Supervised
 from timing import (
     CONTROL,
+    Clock,
     Segment,
     Train,
     arguments,
@@ -232,20 +233,20 @@ def keras(work: Supervised) -> Train:
 
 
 def contestants_for(
-    work: Supervised | GAN, trainers: dict[str, Callable[[], Train]]
+    work: Supervised | GAN, trainers: dict[str, Callable[[], Train]], clock: Clock
 ) -> dict[str, Segment]:
     """The bare loop, twice, and the trainers that are installed."""
     batches = work.batches(16)
     trainers = {"bare loop": lambda: work.train, CONTROL: lambda: work.train, **trainers}
 
     def entry(make: Callable[[], Train]) -> Callable[[], Segment]:
-        return lambda: in_process(make(), batches, comparable=work.comparable)
+        return lambda: in_process(make(), batches, comparable=work.comparable, clock=clock)
 
     return gather_contestants({name: entry(make) for name, make in trainers.items()})
 
 
 def main() -> None:
-    options = arguments(str(__doc__), rounds=60)
+    options = arguments(str(__doc__), rounds=60, one_thread=True)
     steps = 15 if options.quick else 60
 
     mlp, gan = WORKLOADS["smallest MLP"], WORKLOADS["tiny GAN"]
@@ -262,6 +263,7 @@ def main() -> None:
                 "Lightning, one self.log": lambda: lightning(mlp, log=True),
                 "Keras (torch)": lambda: keras(mlp),
             },
+            options.clock,
         ),
         "A step of the smallest GAN": contestants_for(
             gan,
@@ -270,11 +272,14 @@ def main() -> None:
                 "Ignite": lambda: ignite_gan(gan),
                 "Lightning, manual optimization, one self.log": lambda: lightning_gan(gan),
             },
+            options.clock,
         ),
     }
     for title, contestants in tables.items():
         result = race(contestants, rounds=options.rounds, steps=steps)
-        console.print(overhead_table(title, result, targets={COMPOSEFIT: 1.10}))
+        console.print(
+            overhead_table(title, result, targets={COMPOSEFIT: 1.10}, clock=options.clock)
+        )
     console.print(machine(*PEERS))
 
 

@@ -110,7 +110,7 @@ def ratios_table(results: dict[str, Race]) -> Table:
 
 
 def main() -> None:
-    options = arguments(str(__doc__), rounds=15)
+    options = arguments(str(__doc__), rounds=15, one_thread=False)
     results = {}
     for name in TARGETS:
         steps = 4 if options.quick else STEPS.get(name, 8)

@@ -34,6 +34,8 @@ from rich.table import Table
 Train = Callable[[Any], Iterable[torch.Tensor]]
 """Trains a fresh, seeded model once through the batches and returns its parameters."""
 
+Clock = Callable[[], float]
+
 CONTROL = "bare loop, once more (control)"
 """The first contestant entered twice: how far its ratio is from 1 is how far to trust the rest."""
 
@@ -64,11 +66,15 @@ class StampedBatches:
     Args:
         batches: what to hand out, cyclically.
         steps: how many to hand out in one iteration.
+        clock: tells the time in seconds.
     """
 
-    def __init__(self, batches: Sequence[Any], steps: int) -> None:
+    def __init__(
+        self, batches: Sequence[Any], steps: int, clock: Clock = time.perf_counter
+    ) -> None:
         self.batches = batches
         self.steps = steps
+        self.clock = clock
         self.stamps: list[float] = []
 
     def __len__(self) -> int:
@@ -77,7 +83,7 @@ class StampedBatches:
     def __iter__(self) -> Iterator[Any]:
         self.stamps = stamps = []
         for step in range(self.steps):
-            stamps.append(time.perf_counter())
+            stamps.append(self.clock())
             yield self.batches[step % len(self.batches)]
 
     def seconds_per_step(self) -> float:
@@ -101,7 +107,12 @@ def fingerprint(parameters: Iterable[torch.Tensor]) -> tuple[float, ...]:
 
 
 def in_process(
-    train: Train, batches: Sequence[Any], *, torch_threads: int = 1, comparable: bool = True
+    train: Train,
+    batches: Sequence[Any],
+    *,
+    torch_threads: int = 1,
+    comparable: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> Segment:
     """A contestant that runs in this process.
 
@@ -110,10 +121,11 @@ def in_process(
         batches: the batches, ready in memory.
         torch_threads: how many threads torch may use within one operation.
         comparable: whether it must end where the others end.
+        clock: tells the time in seconds.
     """
 
     def segment(steps: int) -> Lap:
-        stamped = StampedBatches(batches, steps)
+        stamped = StampedBatches(batches, steps, clock)
         torch.set_num_threads(torch_threads)
         trained = train(stamped)
         return Lap(stamped.seconds_per_step(), fingerprint(trained) if comparable else ())
@@ -190,11 +202,27 @@ def gather_contestants(entries: Mapping[str, Callable[[], Segment]]) -> dict[str
     return contestants
 
 
-def arguments(description: str, *, rounds: int) -> argparse.Namespace:
-    """The command line that all scripts share: `--quick` and `--rounds`."""
+def arguments(description: str, *, rounds: int, one_thread: bool) -> argparse.Namespace:
+    """The command line that the scripts share, with the clock that was chosen as `clock`.
+
+    Args:
+        description: of the script.
+        rounds: how many, unless the command line says so.
+        one_thread: whether every contestant runs on one thread, so that processor time may stand
+            for time where other programs cannot be kept off the machine.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smoke test: the figures mean nothing")
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contestant")
+    if one_thread:
+        parser.add_argument(
+            "--cpu-time",
+            dest="clock",
+            action="store_const",
+            const=time.process_time,
+            default=time.perf_counter,
+            help="measure processor time: for a machine that others use, too",
+        )
     options = parser.parse_args()
     if options.quick:
         options.rounds = 2
@@ -212,9 +240,11 @@ def verdict(value: float, *, at_most: float | None = None, at_least: float | Non
     return f"{target} [green]reached[/]" if reached else f"{target} [red]missed[/]"
 
 
-def overhead_table(title: str, result: Race, *, targets: Mapping[str, float]) -> Table:
+def overhead_table(
+    title: str, result: Race, *, targets: Mapping[str, float], clock: Clock
+) -> Table:
     """One row a contestant: time of a step and its ratio to the first contestant."""
-    table = Table(title=title)
+    table = Table(title=title + (", processor time" if clock is time.process_time else ""))
     for column in ("contestant", "a step", "÷ bare loop", "middle half of rounds", "to reach"):
         table.add_column(column, justify="left" if column == "contestant" else "right")
     first = next(iter(result.seconds))

@@ -179,9 +179,11 @@ def test_a_forward_on_a_replica_leaves_the_owner_alone(kind):
     replica = Replica(owner)
     before = {name: buffer.clone() for name, buffer in owner.named_buffers()}
     attributes = {
-        name: {key: (value, list(value) if isinstance(value, list) else None)}
+        name: {
+            key: (value, list(value) if isinstance(value, list) else None)
+            for key, value in vars(module).items()
+        }
         for name, module in owner.named_modules()
-        for key, value in vars(module).items()
     }
     replica.module(x)
     for name, buffer in owner.named_buffers():
@@ -515,6 +517,22 @@ def test_a_refresh_within_a_step_takes_over_only_what_the_owner_changed():
     assert copy.net[1].num_batches_tracked == 0
     replica.refresh()
     assert not hasattr(copy.net, "h")
+
+
+def test_a_tree_that_changes_while_it_is_read_raises():
+    class Restless(dict):
+        __hash__ = None
+
+        def __eq__(self, other):
+            return False
+
+        def __ne__(self, other):
+            return True
+
+    owner = nn.Sequential(nn.Linear(1, 1))
+    owner._modules = Restless(owner._modules)
+    with pytest.raises(RuntimeError, match="Sequential's modules keep changing while they are"):
+        Replica(owner)
 
 
 def test_a_buffer_under_two_names_stays_one_tensor():

@@ -45,9 +45,7 @@ class Barrier(Protocol):
     def shards(self) -> Sequence[ShardView]:
         """The shards in sample order."""
 
-    def cross(
-        self, sources: list[list[Tensor]], leaves: list[list[Tensor]], pull: Pull
-    ) -> None:
+    def cross(self, sources: list[list[Tensor]], leaves: list[list[Tensor]], pull: Pull) -> None:
         """Let gradients flow back from `leaves` (per shard) to every shard's `sources`.
 
         `pull(i, cotangents)` gives those of shard i's sources from the sum over all shards'.

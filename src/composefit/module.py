@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Yielded: TypeAlias = "Effect[Any] | Mapping[str, Tensor | Loss] | Tensor | Loss"
 
 #: The return type of a `training_step` that yields.
-Step: TypeAlias = Generator[Yielded, Any, "Tensor | Loss | None"]
+Step: TypeAlias = Generator[Yielded, Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +95,23 @@ class LoopModule(nn.Module):
 
     # -- what a user writes ----------------------------------------------------------------------
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """What one step means; return a loss or yield effects. May declare `batch` alone."""
+    # (*args, **kwargs) lets a type checker accept both forms of what overrides it.
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """What one step means: `training_step(self, batch)` or `(self, batch, batch_idx)`.
+
+        Returns a loss, or yields effects.
+        """
         raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
         """The optimizers: one, or a dict of named ones; see `OptimizerConfig` for the rest."""
         raise NotImplementedError
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """What is measured on a validation batch, through `self.log`; no gradients."""
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """What is measured on a validation batch, through `self.log`; no gradients.
+
+        `validation_step(self, batch)` or `(self, batch, batch_idx)`.
+        """
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -186,9 +186,8 @@ class NamedOptimizer:
 
         Read anew at each call, so that groups added and layers unfrozen in mid-run count.
         """
-        # By id, since the hash of a tensor is a Python call: this runs at every update.
-        groups = self.optimizer.param_groups
-        return list({id(p): p for g in groups for p in g["params"] if p.requires_grad}.values())
+        # Each comes once, which `read_optimizers` has made sure of: this runs at every update.
+        return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
 
 
 def read_optimizers(returned: object, module: nn.Module) -> dict[str, NamedOptimizer]:

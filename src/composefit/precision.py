@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +52,13 @@ class Precision:
             )
         return cls(name, *_NAMES[name])
 
-    def context(self, device: torch.device) -> AbstractContextManager[object]:
-        """The autocast context, entered anew around each resume.
+    def context(self, device: torch.device) -> AbstractContextManager[object] | None:
+        """The autocast context, to be entered anew around each resume; None where there is none.
 
         Leaving it drops autocast's cache of cast weights, which an update in between has outdated.
         """
         if self.autocast is None:
-            return nullcontext()
+            return None
         return torch.autocast(device.type, self.autocast)
 
     @property

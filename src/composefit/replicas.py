@@ -71,6 +71,8 @@ _STANDARD = tuple(vars(nn.Module()))
 # they have grown: a list of outputs may hold thousands of tensors.
 _SHORT = 32
 
+_ATTEMPTS = 10  # to read the owner: one more than usual for each time that its tree has changed
+
 
 # --------------------------------------------------------------------------------------------
 # Finding modules wherever Python code keeps them
@@ -409,11 +411,18 @@ class Replica:
         Raises:
             ValueError: a module was added whose parameters are not initialised yet.
             TypeError: a scripted module with buffers was added.
+            RuntimeError: the tree changes while it is read.
         """
         self._refreshes += not within_step
         self._rebind.trim()
-        while not self._read(within_step):
+        for _ in range(_ATTEMPTS):
+            if self._read(within_step):
+                return
             self._wire()
+        raise RuntimeError(
+            f"{type(self._owner).__name__}'s modules keep changing while they are read; add and "
+            "replace modules between steps, not in another thread, a property or __eq__"
+        )
 
     def owner_of(self, function: _F) -> _F:
         """Rebinds a function from the replica to the owner.

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from composefit import checkpoint, tree
 from composefit.callbacks import Callback, LastCheckpoint, ModelSummary, ProgressBar
@@ -23,11 +21,11 @@ from composefit.hooks import HookCaller
 from composefit.lockstep.driver import Body, Lockstep
 from composefit.lockstep.scatter import batch_size
 from composefit.lockstep.shard import Shard
-from composefit.losses import describe
 from composefit.lockstep.stepper import OnNonfinite, Stepper
 from composefit.loggers import CSVLogger, Logger
 from composefit.logs import Logs
 from composefit.loops import EvaluateLoop, FitLoop, TrainEpochLoop
+from composefit.losses import describe
 from composefit.module import Context, LoopModule
 from composefit.optimizers import ClipAlgorithm, NamedOptimizer, Schedule, read_optimizers
 from composefit.precision import Precision
@@ -282,7 +280,9 @@ class Trainer:
         """
         if self.module is None or self._stepper is None:
             raise RuntimeError("there is nothing to save yet: call fit first")
-        callbacks = {f"{i}.{type(c).__name__}": c.state_dict() for i, c in enumerate(self.callbacks)}
+        callbacks = {
+            f"{i}.{type(c).__name__}": c.state_dict() for i, c in enumerate(self.callbacks)
+        }
         named = self.optimizers.items()
         state = {
             "composefit_checkpoint": CHECKPOINT_FORMAT,
@@ -308,7 +308,7 @@ class Trainer:
 
     @property
     def updates(self) -> dict[str, int]:
-        """name -> how often this optimizer was updated."""
+        """Name -> how often this optimizer was updated."""
         return {} if self._stepper is None else self._stepper.updates
 
     @property

@@ -42,7 +42,7 @@ class Update(Effect["dict[str, Tensor]"]):
     __slots__ = ("losses", "retain_graph")
 
     def __init__(self, losses: Mapping[str, Tensor | Loss], retain_graph: bool = False) -> None:
-        if not isinstance(losses, Mapping):
+        if type(losses) is not dict and not isinstance(losses, Mapping):
             raise TypeError(f"Update expects {{name: loss, ...}}, got {describe(losses)}")
         if not losses:
             raise ValueError("Update expects at least one {name: loss}, got an empty dict")

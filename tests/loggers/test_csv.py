@@ -204,7 +204,7 @@ def test_a_metric_called_step_is_refused(tmp_path: Path) -> None:
         CSVLogger(tmp_path).log_metrics({"step": 1.0}, 1)
 
 
-@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r"])
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\n"])
 def test_names_and_text_that_look_like_formulas_are_escaped(tmp_path: Path, first: str) -> None:
     formula = f"{first}cmd|'/C calc'!A0"
     path = write(tmp_path, (1, {formula: 1.0, "text": formula, "negative": -1.0}))
@@ -212,6 +212,12 @@ def test_names_and_text_that_look_like_formulas_are_escaped(tmp_path: Path, firs
         header, row = csv.reader(file)
     assert header == ["step", "epoch", f"'{formula}", "text", "negative"]
     assert row == ["1", "", "1.0", f"'{formula}", "-1.0"]  # a number is no formula
+
+
+def test_carriage_returns_are_line_ends_and_break_no_row(tmp_path: Path) -> None:
+    write(tmp_path, (1, {"a\rb": 1.0, "text": "\r=x\r\ny"}))
+    (row,) = rows(write(tmp_path))
+    assert row == {"step": "1", "epoch": "", "a\nb": "1.0", "text": "'\n=x\ny"}
 
 
 def test_an_escaped_name_keeps_its_column_over_runs_and_apart_from_others(tmp_path: Path) -> None:

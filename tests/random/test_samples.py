@@ -169,8 +169,16 @@ def test_integers_are_equally_likely(high: int) -> None:
 def test_integers_of_64_bits() -> None:
     drawn = started().integers(100_000, low=-(2**63), high=2**63).double().numpy()
     assert stats.kstest(drawn / 2.0**63, stats.uniform(-1, 2).cdf).pvalue > 0.01
-    drawn = started().integers(100_000, low=-(2**62), high=2**62 + 1).double().numpy()
-    assert stats.kstest(drawn / 2.0**62, stats.uniform(-1, 2).cdf).pvalue > 0.01
+    for bits in (30, 31, 32, 40, 62):
+        drawn = started().integers(100_000, low=-(2**bits), high=2**bits + 1).double().numpy()
+        assert stats.kstest(drawn / 2.0**bits, stats.uniform(-1, 2).cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, 2**31 - 1, 2**32 - 1, 2**32, 2**32 + 1])
+def test_all_bits_set_do_not_reach_high(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = started()
+    monkeypatch.setattr(random, "_bits", lambda *_: (np.full(4, 2**64 - 1, np.uint64), 0))
+    assert random.integers(4, low=5, high=5 + count).max() <= 5 + count - 1
 
 
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.3, 0.5, 1.0])

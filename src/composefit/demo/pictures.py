@@ -85,7 +85,7 @@ def save_samples(
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
     figure.subplots_adjust(0.012, 0.01, 0.988, 1 - 52 / (tall + 64), wspace=28 / wide)
     for axis, (title, rows) in zip(axes, grids.items(), strict=True):
-        axis.imshow(grid(rows), cmap=_DIGITS, vmin=-1, vmax=1, interpolation="none")
+        axis.imshow(grid(rows).numpy(), cmap=_DIGITS, vmin=-1, vmax=1, interpolation="none")
         axis.set_title(title, color=_GREY if title == "real digits" else _INK, fontsize=15, pad=10)
         axis.axis("off")
     figure.savefig(path, dpi=100)

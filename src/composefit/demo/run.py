@@ -39,6 +39,8 @@ def run(
     """
     console = Console()
     out.mkdir(parents=True, exist_ok=True)
+    # A logger continues a table that is there; each demo is a run of its own.
+    (out / "metrics.csv").unlink(missing_ok=True)
     images, labels = real_digits()
     console.print(f"{len(images):,} handwritten digits; first a classifier, to measure with ...")
     ruler = Ruler(trained_classifier(_strategy(strategy, threads)), images)

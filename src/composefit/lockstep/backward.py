@@ -47,7 +47,10 @@ class Backward:
     """
 
     def __init__(
-        self, lanes: int, add_up: AddUp, scale_of: Callable[[str], Tensor | None],
+        self,
+        lanes: int,
+        add_up: AddUp,
+        scale_of: Callable[[str], Tensor | None],
     ) -> None:
         self.add_up = add_up
         self.scale_of = scale_of
@@ -77,7 +80,11 @@ class Backward:
     # -- at the yield, in the shard's worker -------------------------------------------------------
 
     def take(
-        self, shard: Place, key: str, loss: Loss | Tensor, parameters: list[Parameter],
+        self,
+        shard: Place,
+        key: str,
+        loss: Loss | Tensor,
+        parameters: list[Parameter],
         retain_graph: bool,
     ) -> None:
         """Take a shard's gradients now, or note that they are to be taken at the barrier."""
@@ -93,9 +100,7 @@ class Backward:
         parts = self._parts(shard, key, loss)
         for i, (number, root) in enumerate(parts):
             retain = retain_graph or i < len(parts) - 1
-            self._add(
-                shard.lane, key, number, root.outputs, root.cotangents, parameters, retain
-            )
+            self._add(shard.lane, key, number, root.outputs, root.cotangents, parameters, retain)
 
     def _parts(self, shard: Place, key: str, loss: Loss) -> list[tuple[int, Roots]]:
         """The roots of a shard's backwards: number 0 for all terms of known denominators."""
@@ -151,8 +156,14 @@ class Backward:
         return found
 
     def _add(
-        self, lane: int, key: str, part: int, outputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor], parameters: list[Parameter], retain_graph: bool,
+        self,
+        lane: int,
+        key: str,
+        part: int,
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        parameters: list[Parameter],
+        retain_graph: bool,
     ) -> None:
         """Differentiate, and add to the lane's sum."""
         found = gradients.differentiate(outputs, cotangents, parameters, retain_graph)

@@ -1,20 +1,20 @@
 """The lockstep driver: shards advance together from yield to yield.
 
-    step(batches):
-        shards = scatter(batches)                 # over workers and over time
-        while some shard has a next effect:
-            advance every shard to its next effect
-            all must agree on it
-            combine: an update adds up the shards' gradients, checks, unscales, clips, steps
-            each shard gets its result
-        merge what the shards did to buffers
+step(batches):
+    shards = scatter(batches)                 # over workers and over time
+    while some shard has a next effect:
+        advance every shard to its next effect
+        all must agree on it
+        combine: an update adds up the shards' gradients, checks, unscales, clips, steps
+        each shard gets its result
+    merge what the shards did to buffers
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
@@ -129,6 +129,7 @@ class Lockstep:
         self.seed = seed
         self.device = lanes.device
         self.device_type = self.device.type
+        self.modes = guards.reader_of_modes(self.device_type)
         self.dtype = next(
             (p.dtype for p in module.parameters() if p.is_floating_point()),
             torch.get_default_dtype(),
@@ -150,6 +151,11 @@ class Lockstep:
         self._once: Context | None = None
         self._outer_context: Context | None = None
         self._once_stream = Stream()
+        self._key = hash_key(seed, _SHARD)
+        self._default_generators = [torch.default_generator]
+        if self.device_type == "cuda":
+            device_generator = torch.cuda.default_generators[self.device.index or 0]
+            self._default_generators.append(device_generator)
         self._default_states: list[tuple[torch.Generator, Tensor]] = []
         self._open: ExitStack | None = None
         self._streams_open = False
@@ -158,7 +164,7 @@ class Lockstep:
         context = Context(SampleRandom(self.seed))
         context.training = self.body.training
         if alone:
-            return Shard(self, index, self.owner, None, context, nullcontext())
+            return Shard(self, index, self.owner, None, context, None)
         loop = isinstance(self.owner, LoopModule)
         replica = Replica(self.owner, {"_context": context, "_replica": True} if loop else None)
         return Shard(self, index, replica.module, replica, context, Stream())
@@ -208,9 +214,11 @@ class Lockstep:
                 if effect is None:
                     break
                 results = effect.combine(self, [shard.effect for shard in shards])
+                done = True
                 for shard, result in zip(shards, results, strict=True):
                     shard.result = result
-                if all(shard.done for shard in shards):
+                    done = done and shard.done
+                if done:
                     break
             self._merge()
         except BaseException as error:
@@ -250,11 +258,9 @@ class Lockstep:
         self.backward.begin([1])
         # Its stream is the default generator, which is put back afterwards: what the loader draws
         # from it in between (the order of samples) must not depend on what the step drew.
-        generators = [torch.default_generator]
-        if self.device_type == "cuda":
-            generators.append(torch.cuda.default_generators[self.device.index or 0])
+        generators = self._default_generators
         self._default_states = [(g, g.get_state()) for g in generators]
-        key = hash_key(self.seed, _SHARD, self.number, 0)
+        key = hash_key(self._key, self.number)
         for generator in generators:
             generator.manual_seed(key)
         self.shards = [shard]
@@ -284,7 +290,7 @@ class Lockstep:
                 self.number, start, start + size, world, self.dtype, self.device
             )
             assert isinstance(shard.draws, Stream)
-            shard.draws.seed(hash_key(self.seed, _SHARD, self.number, shard.index))
+            shard.draws.seed(hash_key(self._key, self.number, shard.index))
             start += size
         lanes_used = {part.lane for part in parts}
         side_by_side = self.lanes.concurrent and len(lanes_used) > 1
@@ -423,8 +429,8 @@ class Lockstep:
         """The samples of a batch, as the module counts them."""
         return batch_size(self.owner, batch)
 
-    def precision_context(self) -> AbstractContextManager[object]:
-        """Autocast, entered anew around each resume."""
+    def autocast(self) -> AbstractContextManager[object] | None:
+        """Autocast, to be entered anew around each resume; None where there is none."""
         return self.precision.context(self.device)
 
     def check(self, effect: Effect[Any]) -> None:
@@ -481,7 +487,10 @@ class Lockstep:
         reduced = {name: self.backward.reduce(column) for name, column in losses.items()}
         totals = {name: self._total(name) for name in losses}
         for name, (_, found) in totals.items():
-            if all(gradient is None for gradient in found):
+            for gradient in found:
+                if gradient is not None:
+                    break
+            else:
                 self.shards[0].blame(_no_path(name, self.body.name))
         if self.stepper.update(totals, reduced, self.number):
             where = self.shards[0].where()

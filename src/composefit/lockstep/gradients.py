@@ -19,13 +19,11 @@ Gradients = list["Tensor | None"]
 
 # The call that torch.autograd.grad wraps: it saves some 30 us a step, a sixth of a tiny model's.
 # Private: without it torch.autograd.grad itself does, and a test compares the two.
-_run_backward = getattr(
-    getattr(Variable, "_execution_engine", None), "run_backward", None
-)
+_run_backward = getattr(getattr(Variable, "_execution_engine", None), "run_backward", None)
 
 # References to a gradient that nobody else holds, seen from inside `own`: the engine's tuple, the
-# variable there, and getrefcount's argument. (Iterating with zip would add one.)
-_OWN_REFERENCES = 3
+# list and the variable there, and getrefcount's argument. (Iterating with zip would add one.)
+_OWN_REFERENCES = 4
 
 # References from C++ (a saved tensor, say) are counted apart from Python's; private, so optional.
 _counts_uses = hasattr(Tensor, "_use_count")
@@ -68,29 +66,44 @@ def own(gradients: Sequence[Tensor | None], parameters: Sequence[Parameter]) -> 
 
     What already is one stays as it is. Sparse gradients stay sparse; None stays None.
     """
-    owned: Gradients = []
-    spans: list[tuple[int, int, int]] = []
+    owned: Gradients = list(gradients)
+    pointers: set[int] = set()
+    kept = 0
+    whole = True
     for i, parameter in enumerate(parameters):
         gradient = gradients[i]
         if gradient is None or gradient.layout is not torch.strided:
-            owned.append(gradient)
             continue
         if (
             gradient.stride() != parameter.stride()
             or sys.getrefcount(gradient) > _OWN_REFERENCES
             or (_counts_uses and gradient._use_count() > 1)  # type: ignore[attr-defined]
         ):
-            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-        start = gradient.data_ptr()
-        spans.append((start, start + gradient.nbytes, i))
-        owned.append(gradient)
-    spans.sort()
-    for (_, end, _), (start, _, index) in zip(spans, spans[1:], strict=False):
-        if start < end:  # they overlap: one buffer handed to two parameters
-            gradient = owned[index]
-            assert gradient is not None
-            owned[index] = gradient.clone(memory_format=torch.preserve_format)
+            owned[i] = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+            continue
+        kept += 1
+        pointers.add(gradient.data_ptr())
+        whole = whole and not gradient.storage_offset()
+    # Each the start of a storage, and no two at one place: then none overlap.
+    if not whole or len(pointers) < kept:
+        _part_overlapping(owned)
     return owned
+
+
+def _part_overlapping(owned: Gradients) -> None:
+    """Copy gradients that share memory: one buffer, handed to two parameters."""
+    spans = sorted(
+        (g.data_ptr(), g.data_ptr() + g.nbytes, i)
+        for i, g in enumerate(owned)
+        if g is not None and g.layout is torch.strided
+    )
+    end = 0
+    for start, stop, i in spans:
+        if start < end:
+            shared = owned[i]
+            assert shared is not None
+            owned[i] = shared.clone(memory_format=torch.preserve_format)
+        end = max(end, stop)
 
 
 def add_(total: Gradients, more: Sequence[Tensor | None], parameters: Sequence[Parameter]) -> None:

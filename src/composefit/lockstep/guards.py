@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -27,16 +28,26 @@ _NAMES = (
 )
 
 
-def modes(device_type: str) -> tuple[Any, ...]:
-    """This thread's modes, to be compared."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device_type),
-        torch.get_autocast_dtype(device_type),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-    )
+def reader_of_modes(device_type: str) -> Callable[[], tuple[Any, ...]]:
+    """A function that reads this thread's modes, to be compared; it runs twice at every yield."""
+    grad = torch.is_grad_enabled
+    inference = torch.is_inference_mode_enabled
+    autocast = torch.is_autocast_enabled
+    autocast_dtype = torch.get_autocast_dtype
+    functions = torch._C._len_torch_function_stack
+    dispatches = torch._C._len_torch_dispatch_stack
+
+    def modes() -> tuple[Any, ...]:
+        return (
+            grad(),
+            inference(),
+            autocast(device_type),
+            autocast_dtype(device_type),
+            functions(),
+            dispatches(),
+        )
+
+    return modes
 
 
 def left_open(expected: tuple[Any, ...], found: tuple[Any, ...]) -> RuntimeError:
@@ -163,7 +174,6 @@ def _leaves(value: Any) -> Iterator[Any]:
 @contextmanager
 def no_parametrization_cache() -> Iterator[None]:
     """Refuse `parametrize.cached()` while shards run in threads: its cache is one for all threads."""
-    import torch.nn.utils.parametrize as parametrize
 
     class Refusing(dict[Any, Any]):
         def get(self, key: Any, default: Any = None) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
-from types import CodeType
+from contextlib import AbstractContextManager
+from types import CodeType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,6 @@ from composefit.replicas import Replica
 if TYPE_CHECKING:
     from composefit.lockstep.driver import Lockstep
 
-_NO_STREAM: AbstractContextManager[object] = nullcontext()
 _EFFECT_CODES = {Effect.__iter__.__code__, Loss.__iter__.__code__}
 
 
@@ -40,8 +39,13 @@ class Shard:
     """
 
     def __init__(
-        self, lock: Lockstep, index: int, module: nn.Module, replica: Replica | None,
-        context: Context, draws: AbstractContextManager[object],
+        self,
+        lock: Lockstep,
+        index: int,
+        module: nn.Module,
+        replica: Replica | None,
+        context: Context,
+        draws: AbstractContextManager[object] | None,
     ) -> None:
         self.lock = lock
         self.index = index
@@ -82,10 +86,15 @@ class Shard:
     def advance(self) -> None:
         """Resume the step to its next effect, and do the shard's own part of that effect."""
         lock = self.lock
-        with self.draws, lock.precision_context():
-            torch._C._set_grad_enabled(lock.body.training)
-            before = guards.modes(lock.device_type)
-            returned = False
+        training = lock.body.training
+        returned = False
+        # Entered by hand: most steps need neither, and an idle `with` costs a microsecond.
+        contexts = [c for c in (self.draws, lock.autocast()) if c is not None]
+        for context in contexts:
+            context.__enter__()
+        try:
+            torch._C._set_grad_enabled(training)
+            before = lock.modes()
             try:
                 if self.generator is not None:
                     value = self.generator.send(self.result)
@@ -95,9 +104,9 @@ class Shard:
                         value = step(self.batch, self.batch_idx)
                     else:
                         value = step(self.batch)
-                    if isinstance(value, Helper):
+                    if type(value) is Helper:
                         value = iter(value)
-                    if isinstance(value, Generator):
+                    if type(value) is GeneratorType:
                         self.generator = value
                         value = value.send(None)
                     else:
@@ -110,11 +119,13 @@ class Shard:
                     ) from stop
                 returned = True
                 value = stop.value
-            finally:
-                self.result = None
-                after = guards.modes(lock.device_type)
+            self.result = None
+            after = lock.modes()
             if after != before:
                 self.blame(guards.left_open(before, after))
+        finally:
+            for context in reversed(contexts):
+                context.__exit__(None, None, None)
         helper = dropped_helper()
         if helper is not None:
             self.blame(
@@ -123,19 +134,19 @@ class Shard:
                     f"`yield from self.{helper.rpartition('.')[2]}(...)`"
                 )
             )
+        self.effect = None
         try:
-            if lock.body.training or not returned:
-                self.effect = as_effect(value, returned)
-            else:
-                self.effect = None
             if returned:
                 self.done = True
-                self.output = value
                 self.generator = None
+                if not training:
+                    self.output = value
+                    return
+            effect = self.effect = as_effect(value, returned)
             del value  # of a returned loss nothing but its gradient is to stay
-            if self.effect is not None:
-                lock.check(self.effect)
-                self.effect.visit(self)
+            if effect is not None:
+                lock.check(effect)
+                effect.visit(self)
         except Exception as error:
             self.blame(error)
 

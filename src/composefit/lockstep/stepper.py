@@ -85,7 +85,9 @@ class Stepper:
         self.late: dict[str, LateCheck] = {}
 
     def update(
-        self, totals: dict[str, tuple[list[Parameter], Gradients]], losses: dict[str, Tensor],
+        self,
+        totals: dict[str, tuple[list[Parameter], Gradients]],
+        losses: dict[str, Tensor],
         step: int,
     ) -> bool:
         """Step these optimizers with these gradients; False if the update was skipped.
@@ -126,7 +128,9 @@ class Stepper:
     # -- finite? ---------------------------------------------------------------------------------
 
     def _finite(
-        self, totals: dict[str, tuple[list[Parameter], Gradients]], losses: dict[str, Tensor],
+        self,
+        totals: dict[str, tuple[list[Parameter], Gradients]],
+        losses: dict[str, Tensor],
         step: int,
     ) -> bool:
         if not self.on_cpu:
@@ -142,11 +146,13 @@ class Stepper:
 
     def _check(self, values: list[Tensor], inverse_scale: Tensor) -> None:
         """Set `found` where a number is not finite, multiply by `inverse_scale` in place."""
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for value in values:
-            by_dtype.setdefault(value.dtype, []).append(value)
-        for same in by_dtype.values():
-            torch._amp_foreach_non_finite_check_and_unscale_(same, self.found, inverse_scale)
+        if not values:
+            return
+        dtype = values[0].dtype
+        same = [value for value in values if value.dtype is dtype]
+        torch._amp_foreach_non_finite_check_and_unscale_(same, self.found, inverse_scale)
+        if len(same) < len(values):  # the fused check takes one dtype at a time
+            self._check([value for value in values if value.dtype is not dtype], inverse_scale)
 
     def _finite_late(self, totals: dict[str, tuple[list[Parameter], Gradients]], step: int) -> bool:
         """On a GPU: without waiting for it, so that a fault shows one update late."""

@@ -158,4 +158,6 @@ def _safe(text: str) -> str:
     Source: OWASP, "CSV Injection". An apostrophe in front gets another one, so that different
     names stay different.
     """
-    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r", "'")) else text
+    # The csv module before Python 3.13 writes a bare carriage return without quotes.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\n", "'")) else text

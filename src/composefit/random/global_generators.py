@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+_numpy_random: Any = np.random  # whose stubs do not know get_bit_generator
+
 _MT19937_BYTES = 624 * 4 + 4  # the state words and the position in them
 
 
@@ -29,14 +31,14 @@ class GlobalGenerators:
         self._numpy_gauss: object = None
 
     def fingerprint(self) -> Hashable:
-        """A value that changes with every draw, and with nothing else. About 15 µs."""
+        """A value that changes with every draw, and with nothing else."""
         return random.getstate(), self._numpy()
 
     def _numpy(self) -> Hashable:
         # Asking NumPy for its state takes twice as long as asking Python, so the state is read
         # where NumPy publishes it for C. That leaves out the second number of a pair of normals,
         # which is kept elsewhere and can go without a trace: only while there is one, ask.
-        generator = np.random.get_bit_generator()
+        generator = _numpy_random.get_bit_generator()
         if not isinstance(generator, np.random.MT19937):
             return repr(np.random.get_state(legacy=False))
         state = ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +97,7 @@ class SplitOptimizer:
         if type(optimizer) not in _ELEMENTWISE or optimizer.defaults.get("differentiable"):
             return False
         hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if hooked or "step" in vars(optimizer) and not _patched_by_scheduler(optimizer):
+        if hooked or ("step" in vars(optimizer) and not _patched_by_scheduler(optimizer)):
             return False
         numbers = 0
         for group in optimizer.param_groups:
@@ -128,9 +127,7 @@ class SplitOptimizer:
             for chunk, part in zip(chunks, flat_chunks(gradient, self.lanes), strict=True):
                 chunk.grad = part
         for stand_in in self._stand_ins:
-            for own, group in zip(
-                stand_in.param_groups, self.optimizer.param_groups, strict=True
-            ):
+            for own, group in zip(stand_in.param_groups, self.optimizer.param_groups, strict=True):
                 own.update((key, value) for key, value in group.items() if key != "params")
 
         def task(stand_in: Optimizer) -> Callable[[], None]:
