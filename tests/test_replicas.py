@@ -480,9 +480,10 @@ def test_modules_appended_to_a_plain_list_are_found(length):
     replica = Replica(owner)
     assert replica.module.items is owner.items
     owner.items.append(owner[0])
-    owner.fresh = [nn.BatchNorm1d(3)]
     replica.refresh()
     assert replica.module.items[-1] is replica.module[0]
+    owner.fresh = [nn.BatchNorm1d(3)]
+    replica.refresh()
     assert replica.module.fresh[0] is not owner.fresh[0]
     owner.items.pop()
     replica.refresh()
@@ -510,6 +511,7 @@ def test_a_refresh_within_a_step_takes_over_only_what_the_owner_changed():
     replica.refresh(within_step=True)
     assert copy.queue[0] == 7 and copy.center == 3 and copy.net.h == "set by a forward"
     assert copy.net.extra is not owner.net.extra
+    assert copy.net.extra(torch.ones(1, 1)).requires_grad
     assert copy.net[1].num_batches_tracked == 6
     loss.backward()  # would raise if a buffer in its graph had been written
     owner.net[1].reset_running_stats()

@@ -49,7 +49,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="how many threads (default: the cores that this process may use)",
     )
     parser.add_argument(
-        "--epochs", type=_positive, default=80, metavar="N", help="passes over the digits"
+        "--epochs", type=_positive, default=64, metavar="N", help="passes over the digits"
     )
     parser.add_argument(
         "--accumulate", type=_positive, default=1, metavar="N", help="loader batches in a step"

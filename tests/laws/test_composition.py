@@ -41,14 +41,12 @@ def test_parameters_are_those_of_the_loop_by_hand(name: str, strategy: str, size
     assert compare(RECIPES[name], SIZES[sizes], STRATEGIES[strategy]()) <= 1e-10
 
 
-# -- controls: the bound is missed by what is almost right -------------------------------------------
+# -- controls: the bound is missed by what is almost right -----------------------------------------
 
 
 def test_average_of_the_shards_means_misses_the_bound() -> None:
     with pytest.raises(AssertionError, match=r"differs from the reference, first after step 1 "):
-        compare(
-            RECIPES["classifier"], RAGGED, SingleDevice("cpu"), by_hand=averaged_classifier
-        )
+        compare(RECIPES["classifier"], RAGGED, SingleDevice("cpu"), by_hand=averaged_classifier)
 
 
 def test_token_mean_as_a_plain_loss_misses_the_bound() -> None:
@@ -90,7 +88,7 @@ def test_batch_norm_in_one_shard_is_the_loop_by_hand() -> None:
     )
 
 
-# -- shards in a row and in threads ------------------------------------------------------------------
+# -- shards in a row and in threads ----------------------------------------------------------------
 
 
 def trained(recipe: Recipe, strategy: Strategy) -> dict[str, torch.Tensor]:

@@ -90,6 +90,16 @@ def test_a_metric_that_comes_later_gets_a_column_and_earlier_rows_stay(
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+def test_rows_without_a_new_metric_are_appended(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_every=1)
+    logger.log_metrics({"loss": 1.0}, 1)
+    before = logger.path.stat().st_ino
+    logger.log_metrics({"loss": 2.0}, 2)
+    assert logger.path.stat().st_ino == before  # a file written anew is another file
+    logger.log_metrics({"val": 2.0}, 3)
+    assert logger.path.stat().st_ino != before
+
+
 def test_a_new_column_that_fails_to_be_written_leaves_the_file_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +130,7 @@ def test_another_run_continues_the_file(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(path)] == ["1", "2", "3", "4"]
 
 
-@pytest.mark.parametrize("end", ["3,0,0.12", "3,0", '3,0,"te', "3,0,0.12,1"])
+@pytest.mark.parametrize("end", ["3,0,0.12", "3,0", '3,0,"te', '3,"te\nxt', "3,0,0.12,1"])
 def test_a_line_that_a_killed_run_left_unfinished_is_dropped_on_resuming(
     tmp_path: Path, end: str
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -22,28 +23,40 @@ def summary(ruler: Ruler, history: Sequence[Measurement]) -> RenderableType:
         history: a measurement for each epoch, the first of the untrained generator.
     """
     start, end = history[0], history[-1]
-    distances = Table(title="Fréchet distance to real digits", title_justify="left")
-    for heading in ("start", "end", "floor (real against real)", "end / start", "goal"):
-        distances.add_column(heading, justify="right")
     ratio = end.distance / start.distance
+    distances = _table("Fréchet distance", "start", "end", "floor", "end / start")
     distances.add_row(
-        f"{start.distance:.2f}",
-        f"{end.distance:.2f}",
-        f"{ruler.floor:.2f}",
+        f"to {ruler.size - 1} real digits",
+        *(f"{value:.2f}" for value in (start.distance, end.distance, ruler.floor)),
         f"{ratio:.3f}",
-        _verdict(ratio <= GOAL, f"at most {GOAL:.3f}"),
     )
-    digits = Table(title="What the classifier sees", title_justify="left")
-    digits.add_column(f"in {ruler.size} images")
-    for digit in range(len(end.counts)):
-        digits.add_column(str(digit), justify="right")
-    digits.add_column("goal")
-    digits.add_row("real", *map(str, ruler.real.counts), "")
-    digits.add_row(
-        "generated", *map(str, end.counts), _verdict(min(end.counts) > 0, "all ten present")
+    digits = _table(f"{ruler.size} images show", *map(str, range(len(end.counts))))
+    digits.add_row("real", *map(str, ruler.real.counts))
+    digits.add_row("generated", *map(str, end.counts))
+    return Group(
+        Text(),
+        distances,
+        Text("floor: the other half of the real digits", style="bright_black"),
+        Text(),
+        digits,
+        Text("as the classifier sees them", style="bright_black"),
+        Text(),
+        _verdict(ratio <= GOAL, "the distance fell to a fifth or less"),
+        _verdict(min(end.counts) > 0, "all ten digits appear"),
+        Text(),
     )
-    return Group(distances, digits)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, header_style="cyan", border_style="bright_black"
+    )
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _verdict(reached: bool, goal: str) -> Text:
-    return Text(f"{goal}: {'yes' if reached else 'no'}", style="green" if reached else "red")
+    answer = ("yes", "green") if reached else ("no ", "red")
+    return Text.assemble(answer, "  ", goal)

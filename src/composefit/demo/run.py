@@ -19,7 +19,7 @@ from composefit.demo.report import summary
 def run(
     strategy: Literal["single", "threads"] = "threads",
     threads: int | None = None,
-    epochs: int = 80,
+    epochs: int = 64,
     accumulate: int = 1,
     seed: int = 0,
     out: Path = Path("runs/demo"),
@@ -62,8 +62,9 @@ def run(
     distances = [measured.distance for measured in watch.history]
     save_curves(out / "curves.png", watch.losses, distances, ruler.floor)
     console.print(summary(ruler, watch.history))
-    console.print(f"Look at {out}/samples.png and {out}/curves.png; figures: {out}/metrics.csv")
-    console.print(_other_way(strategy), highlight=False)
+    for name in ("samples.png", "curves.png", "metrics.csv"):
+        console.print(out / name, soft_wrap=True)
+    console.print(f"\n{_other_way(strategy)}", highlight=False, markup=False)
 
 
 def trained_classifier(strategy: Strategy) -> Classifier:
@@ -91,8 +92,7 @@ def _other_way(strategy: Literal["single", "threads"]) -> str:
     ways = {"threads": "ThreadDataParallel()", "single": "SingleDevice()"}
     other: Literal["single", "threads"] = "single" if strategy == "threads" else "threads"
     return (
-        f"The same module under another strategy, not a line of it changed "
-        f"(composefit demo --strategy {other}):\n"
-        f"  - Trainer(strategy={ways[strategy]}, ...)\n"
-        f"  + Trainer(strategy={ways[other]}, ...)"
+        f"The same module under another strategy, composefit demo --strategy {other}:\n"
+        f"- Trainer(strategy={ways[strategy]}, ...)\n"
+        f"+ Trainer(strategy={ways[other]}, ...)"
     )

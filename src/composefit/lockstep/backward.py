@@ -33,6 +33,8 @@ class Place(Protocol):
         """Its samples."""
 
 
+_ALONE = [1]
+
 AddUp = Callable[[Sequence[Gradients], Sequence[Parameter]], Gradients]
 
 
@@ -64,9 +66,14 @@ class Backward:
         self._constants: dict[Any, Tensor] = {}
 
     def begin(self, samples: list[int]) -> None:
-        """A new step, with this many samples in each shard ([1] for a single one: never asked)."""
+        """A new step, with this many samples in each shard."""
         self.samples = samples
         self.total_samples = sum(samples)
+
+    def begin_alone(self) -> None:
+        """A new step with one shard: its samples do not matter, and nobody has asked for them."""
+        self.samples = _ALONE
+        self.total_samples = 1
 
     def end(self) -> None:
         """Drop whatever is left of a step."""
@@ -143,7 +150,7 @@ class Backward:
         scale = self.scale_of(key)
         if scale is not None:
             start = start * scale
-        return start.to(like.dtype)
+        return start if start.dtype is like.dtype else start.to(like.dtype)
 
     def _constant(self, like: Tensor, value: float) -> Tensor:
         key = (value, like.dtype, like.device)
@@ -223,13 +230,16 @@ class Backward:
         return parameters, total
 
     def _over_lanes(self, key: str, part: int, parameters: list[Parameter]) -> Gradients:
-        lanes = [found for sums in self.sums if (found := sums.pop((key, part), None)) is not None]
-        return lanes[0] if len(lanes) == 1 else self.add_up(lanes, parameters) if lanes else []
+        lanes = [sums.pop((key, part)) for sums in self.sums if (key, part) in sums]
+        if len(lanes) == 1:
+            return lanes[0]
+        return self.add_up(lanes, parameters) if lanes else []
 
     def reduce(self, losses: Sequence[Loss | Tensor]) -> Tensor:
         """The loss over all shards, detached."""
         if len(losses) == 1 and isinstance(losses[0], Tensor):
-            return losses[0].detach()
+            (loss,) = losses
+            return loss.detach() if loss.requires_grad else loss
         columns = [as_loss(loss, "the loss").terms for loss in losses]
         with torch.no_grad():
             by_term = list(zip(*columns, strict=True))

@@ -29,7 +29,7 @@ from composefit.lockstep.backward import Backward
 from composefit.lockstep.crossings import Crossing
 from composefit.lockstep.gradients import Gradients
 from composefit.lockstep.scatter import Part, batch_size, scatter
-from composefit.lockstep.shard import Shard, shard_note
+from composefit.lockstep.shard import Place, Shard, shard_note
 from composefit.lockstep.stepper import Stepper
 from composefit.losses import Loss
 from composefit.module import ONLY, Context, LoopModule, offered, unknown_optimizer
@@ -138,9 +138,10 @@ class Lockstep:
         self.stale = guards.StaleWeights()
         self.number = 0
         self.updated = False
-        self.history: list[str] = []
+        self.history: list[tuple[str, Place]] = []
         self.losses: dict[str, Tensor] = {}
         self.shards: list[Shard] = []
+        self._is_loop = isinstance(module, LoopModule)
         self._alone = self._shard(0, alone=True)
         self._many: list[Shard] = []
         self._lists: dict[str, list[Parameter]] = {}
@@ -156,7 +157,7 @@ class Lockstep:
         if self.device_type == "cuda":
             device_generator = torch.cuda.default_generators[self.device.index or 0]
             self._default_generators.append(device_generator)
-        self._default_states: list[tuple[torch.Generator, Tensor]] = []
+        self._default_states: list[Tensor] = []
         self._open: ExitStack | None = None
         self._streams_open = False
 
@@ -165,8 +166,8 @@ class Lockstep:
         context.training = self.body.training
         if alone:
             return Shard(self, index, self.owner, None, context, None)
-        loop = isinstance(self.owner, LoopModule)
-        replica = Replica(self.owner, {"_context": context, "_replica": True} if loop else None)
+        own = {"_context": context, "_replica": True} if self._is_loop else None
+        replica = Replica(self.owner, own)
         return Shard(self, index, replica.module, replica, context, Stream())
 
     @contextmanager
@@ -205,12 +206,14 @@ class Lockstep:
         try:
             self._begin(batches, batch_idx, number)
             shards = self.shards
+            alone = len(shards) == 1
             while True:
-                if len(shards) == 1:
+                if alone:
                     shards[0].advance()
+                    effect = shards[0].effect
                 else:
                     self.each(_advance)
-                effect = self._agreed()
+                    effect = self._agreed()
                 if effect is None:
                     break
                 results = effect.combine(self, [shard.effect for shard in shards])
@@ -220,7 +223,8 @@ class Lockstep:
                     done = done and shard.done
                 if done:
                     break
-            self._merge()
+            if not alone:
+                self._merge()
         except BaseException as error:
             if self.shards and not getattr(error, "__notes__", None):
                 error.add_note(self._note(self.shards[0]))
@@ -239,9 +243,9 @@ class Lockstep:
         self.losses = {}
         self.history.clear()
         parts: list[Part] = []
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(batches, start=batch_idx):
             batch = move(batch, self.device, self.precision.dtype)
-            parts += scatter(self.owner, batch, batch_idx + i, self.lanes.lanes, self.microbatch)
+            parts += scatter(self.owner, batch, i, self.lanes.lanes, self.microbatch)
         if len(parts) == 1:
             self._begin_alone(parts[0])
         else:
@@ -249,27 +253,24 @@ class Lockstep:
 
     def _begin_alone(self, part: Part) -> None:
         shard = self._alone
+        self.shards = [shard]
         shard.begin(0, part.batch, part.batch_idx, part.samples)
         shard.context.logs = {}
         shard.context.random.begin(self.number, 0, None, None, self.dtype, self.device)
-        if isinstance(self.owner, LoopModule):
-            self._outer_context = self.owner.__dict__["_context"]
-            self.owner.__dict__["_context"] = shard.context
-        self.backward.begin([1])
+        if self._is_loop:
+            state = self.owner.__dict__
+            self._outer_context = state["_context"]
+            state["_context"] = shard.context
+        self.backward.begin_alone()
         # Its stream is the default generator, which is put back afterwards: what the loader draws
         # from it in between (the order of samples) must not depend on what the step drew.
-        generators = self._default_generators
-        self._default_states = [(g, g.get_state()) for g in generators]
         key = hash_key(self._key, self.number)
-        for generator in generators:
+        for generator in self._default_generators:
+            self._default_states.append(generator.get_state())
             generator.manual_seed(key)
-        self.shards = [shard]
 
     def _begin_many(self, parts: list[Part]) -> None:
-        if not self._streams_open:
-            assert self._open is not None
-            self._open.enter_context(thread_local_generators())
-            self._streams_open = True
+        self._open_streams()
         while len(self._many) < len(parts):
             self._many.append(self._shard(len(self._many), alone=False))
         self._caller = threading.get_ident()
@@ -297,13 +298,23 @@ class Lockstep:
         self._fingerprint = self._generators.fingerprint() if side_by_side else None
         self.shards = shards
 
+    def _open_streams(self) -> None:
+        """Give torch's kernels a stream for each thread, once somebody needs it."""
+        if not self._streams_open:
+            assert self._open is not None
+            self._open.enter_context(thread_local_generators())
+            self._streams_open = True
+
     def _end(self) -> None:
         shards = self.shards
         if len(shards) == 1:
-            if isinstance(self.owner, LoopModule):
+            if self._is_loop:
                 self.owner.__dict__["_context"] = self._outer_context
-            for generator, state in self._default_states:
+            for generator, state in zip(
+                self._default_generators, self._default_states, strict=False
+            ):
                 generator.set_state(state)
+            self._default_states.clear()
             shards[0].close()
         elif shards:
             self._each(Shard.close)
@@ -437,15 +448,16 @@ class Lockstep:
         """Put the name of the one optimizer into a bare loss, and refuse unknown names."""
         if not isinstance(effect, Update):
             return
+        losses = effect.losses
         if self.stepper is None:
             raise TypeError(
                 f"{self.body.name} yields an update, but nothing is trained here: log the loss"
             )
         optimizers = self.stepper.optimizers
-        losses = effect.losses
         if ONLY in losses and len(optimizers) == 1:
             (name,) = optimizers
             losses[name] = losses.pop(ONLY)
+            return
         for name in losses:
             if name not in optimizers:
                 raise unknown_optimizer(name, list(optimizers))
@@ -493,10 +505,10 @@ class Lockstep:
             else:
                 self.shards[0].blame(_no_path(name, self.body.name))
         if self.stepper.update(totals, reduced, self.number):
-            where = self.shards[0].where()
+            place = self.shards[0].place()
             for name, (parameters, _) in totals.items():
                 self.stale.stepped.append(parameters)
-                self.history.append(f"{name!r} ({where})")
+                self.history.append((name, place))
             self.updated = True
         self.losses.update(reduced)
         return reduced
@@ -508,13 +520,14 @@ class Lockstep:
             function = replicas[0].owner_of(function)
         state = self.owner.__dict__
         outer = state.get("_context")
-        if isinstance(self.owner, LoopModule):
+        if self._is_loop:
             state["_context"] = self._owner_context()
         try:
+            self._open_streams()
             with torch.no_grad(), self._once_stream:
                 result = function(*args)
         finally:
-            if isinstance(self.owner, LoopModule):
+            if self._is_loop:
                 state["_context"] = outer
         for replica in replicas:
             replica.refresh(within_step=True)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from types import CodeType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -96,15 +97,29 @@ _STALE = re.compile("modified by an inplace operation")
 _FREED = re.compile("backward through the graph a second time|saved tensors after they have")
 
 
-def explain(error: RuntimeError, name: str, updates: Sequence[str]) -> RuntimeError:
+#: The code of a step and the line at which it stands (None where it has returned).
+Place: TypeAlias = tuple[CodeType | None, int | None]
+
+
+def in_words(place: Place) -> str:
+    """A place as file and line."""
+    code, line = place
+    if code is None:
+        return "an unknown place"
+    return f"{code.co_filename}:{line or code.co_firstlineno}"
+
+
+def explain(
+    error: RuntimeError, name: str, updates: Sequence[tuple[str, Place]]
+) -> RuntimeError:
     """Autograd's two errors in the words of a step, with the yields at fault.
 
     Args:
         error: what autograd raised.
         name: whose loss it was.
-        updates: this step's updates so far, such as `"critic (step.py:12)"`.
+        updates: the optimizers that this step has updated so far, and where.
     """
-    done = " and ".join(updates)
+    done = " and ".join(f"{updated!r} ({in_words(place)})" for updated, place in updates)
     if updates and (_STALE.search(str(error)) or isinstance(error, StaleGraphError)):
         return StaleGraphError(
             f"the loss of {name!r} goes through weights that the update of {done} has changed since "

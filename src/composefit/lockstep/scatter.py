@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,8 +11,7 @@ from composefit.data import LoaderBatches
 from composefit.module import LoopModule
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What one shard gets. `samples` is None where nobody had to ask."""
 
     lane: int

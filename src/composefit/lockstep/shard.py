@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
 from contextlib import AbstractContextManager
-from types import CodeType, GeneratorType
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 
 from composefit.effects import Effect
 from composefit.lockstep import guards
+from composefit.lockstep.guards import Place
 from composefit.losses import Loss
 from composefit.module import Context, Helper, as_effect, dropped_helper
 from composefit.replicas import Replica
@@ -63,7 +63,7 @@ class Shard:
         self.batch = batch
         self.batch_idx = batch_idx
         self.known_samples = samples
-        self.generator: Generator[Any, Any, Any] | None = None
+        self.generator: GeneratorType[Any, Any, Any] | None = None
         self.started = self.done = False
         self.result: Any = None
         self.output: Any = None
@@ -89,9 +89,11 @@ class Shard:
         training = lock.body.training
         returned = False
         # Entered by hand: most steps need neither, and an idle `with` costs a microsecond.
-        contexts = [c for c in (self.draws, lock.autocast()) if c is not None]
-        for context in contexts:
-            context.__enter__()
+        draws, autocast = self.draws, lock.autocast()
+        if draws is not None:
+            draws.__enter__()
+        if autocast is not None:
+            autocast.__enter__()
         try:
             torch._C._set_grad_enabled(training)
             before = lock.modes()
@@ -124,8 +126,10 @@ class Shard:
             if after != before:
                 self.blame(guards.left_open(before, after))
         finally:
-            for context in reversed(contexts):
-                context.__exit__(None, None, None)
+            if autocast is not None:
+                autocast.__exit__(None, None, None)
+            if draws is not None:
+                draws.__exit__(None, None, None)
         helper = dropped_helper()
         if helper is not None:
             self.blame(
@@ -169,19 +173,22 @@ class Shard:
             torch._C._set_grad_enabled(self.lock.body.training)
             generator.close()
 
-    def where(self) -> str:
-        """File and line of the yield at which it stands."""
+    def place(self) -> Place:
+        """Where in the user's code it stands: the code and line of its yield."""
         generator = self.generator
         if generator is None:
             function = self.lock.body.of(self.lock.owner)
-            code: CodeType | None = getattr(function, "__code__", None)
-            return f"{code.co_filename}:{code.co_firstlineno}" if code else self.lock.body.name
-        while isinstance(generator.gi_yieldfrom, Generator):  # type: ignore[attr-defined]
-            if generator.gi_yieldfrom.gi_code in _EFFECT_CODES:  # type: ignore[attr-defined]
+            return getattr(function, "__code__", None), None
+        while type(inner := generator.gi_yieldfrom) is GeneratorType:
+            if inner.gi_code in _EFFECT_CODES:
                 break
-            generator = generator.gi_yieldfrom  # type: ignore[attr-defined]
+            generator = inner
         frame = generator.gi_frame
-        return f"{generator.gi_code.co_filename}:{frame.f_lineno if frame else '?'}"
+        return generator.gi_code, frame.f_lineno if frame is not None else None
+
+    def where(self) -> str:
+        """The same in words."""
+        return guards.in_words(self.place())
 
     # -- gradients -----------------------------------------------------------------------------------
 

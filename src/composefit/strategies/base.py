@@ -24,6 +24,7 @@ from composefit.lockstep.driver import Body, Lockstep
 from composefit.lockstep.gradients import Gradients
 from composefit.losses import Loss
 from composefit.precision import Precision
+from composefit.strategies import stepping
 from composefit.updates import Gradient
 
 LossFunction: TypeAlias = Callable[[Any, Any], "Tensor | Loss"]
@@ -75,7 +76,7 @@ class Strategy(ABC):
 
     def optimizer_step(self, optimizer: Optimizer) -> None:
         """Step an optimizer whose parameters have their total gradients."""
-        optimizer.step()
+        stepping.step(optimizer)
 
     def describe(self, samples: int) -> str:
         """How a loader's batch is cut, for the summary: `32 = 2 threads x 16`."""

@@ -26,6 +26,8 @@ from torch.optim import (
     RMSprop,
 )
 
+from composefit.strategies.stepping import bare_step
+
 #: From this many numbers on it pays: below it the hand-over costs more than it saves.
 WORTHWHILE = 1_000_000
 
@@ -87,18 +89,14 @@ class SplitOptimizer:
         self._tensors: list[Tensor] = []
         self._stand_ins: list[Optimizer] = []
         self._chunks: list[tuple[Tensor, list[Tensor]]] = []
-        self._step = type(optimizer).step
-        # Hooks and profiler marks are for the optimizer itself, not for each stand-in.
-        self._step = getattr(self._step, "__wrapped__", self._step)
 
     @staticmethod
     def suits(optimizer: Optimizer) -> bool:
         """Whether it may be cut, and is large enough to be worth it."""
         if type(optimizer) not in _ELEMENTWISE or optimizer.defaults.get("differentiable"):
             return False
-        hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if hooked or ("step" in vars(optimizer) and not _patched_by_scheduler(optimizer)):
-            return False
+        if bare_step(optimizer) is None:
+            return False  # hooks and profiler marks are for the whole optimizer
         numbers = 0
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -130,8 +128,11 @@ class SplitOptimizer:
             for own, group in zip(stand_in.param_groups, self.optimizer.param_groups, strict=True):
                 own.update((key, value) for key, value in group.items() if key != "params")
 
+        bare = bare_step(self.optimizer)
+        assert bare is not None
+
         def task(stand_in: Optimizer) -> Callable[[], None]:
-            return lambda: self._step(stand_in)  # type: ignore[call-arg]
+            return lambda: bare(stand_in)
 
         try:
             _run_all(run, [task(stand_in) for stand_in in self._stand_ins])
@@ -194,11 +195,6 @@ class SplitOptimizer:
             return flat_chunks(value, self.lanes)[lane]
         # A step counter: the last lane, which always has a part, counts in the optimizer's own.
         return value if lane == self.lanes - 1 else value.clone()
-
-
-def _patched_by_scheduler(optimizer: Optimizer) -> bool:
-    """Schedulers wrap `optimizer.step` to see whether it was called; nothing else may."""
-    return hasattr(vars(optimizer)["step"], "_wrapped_by_lr_sched")
 
 
 def dense(tensor: Tensor) -> bool:

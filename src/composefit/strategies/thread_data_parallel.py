@@ -118,7 +118,7 @@ class ThreadDataParallel(Strategy):
                 split = self._split[optimizer] = SplitOptimizer(optimizer, self.lanes)
             if split.step(self.run):
                 return
-        optimizer.step()
+        super().optimizer_step(optimizer)
 
     def describe(self, samples: int) -> str:
         """As `Strategy.describe`."""

@@ -118,7 +118,7 @@ def simultaneous(module: GAN, batches: list[Any]) -> Iterator[None]:
         yield
 
 
-# -- WGAN-GP -----------------------------------------------------------------------------------------
+# -- WGAN-GP ---------------------------------------------------------------------------------------
 
 
 class WassersteinGAN(GAN):
@@ -129,9 +129,7 @@ class WassersteinGAN(GAN):
         fake = self.generator(noise)
         for _ in range(5):
             between = mix * real + (1 - mix) * fake
-            (slope,) = torch.autograd.grad(
-                self.critic(between).sum(), between, create_graph=True
-            )
+            (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
             penalty = (slope.norm(dim=1) - 1).square().mean()
             yield {"critic": self.critic(fake).mean() - self.critic(real).mean() + 10 * penalty}
         yield {"generator": -self.critic(fake).mean()}
@@ -151,9 +149,7 @@ def wasserstein_gan(module: GAN, batches: list[Any]) -> Iterator[None]:
         for _ in range(5):
             critic.zero_grad()
             between = (mix * real + (1 - mix) * fake.detach()).requires_grad_()
-            (slope,) = torch.autograd.grad(
-                module.critic(between).sum(), between, create_graph=True
-            )
+            (slope,) = torch.autograd.grad(module.critic(between).sum(), between, create_graph=True)
             penalty = (slope.norm(dim=1) - 1).square().mean()
             distance = module.critic(real).mean() - module.critic(fake.detach()).mean()
             (10 * penalty - distance).backward()
@@ -164,7 +160,7 @@ def wasserstein_gan(module: GAN, batches: list[Any]) -> Iterator[None]:
         yield
 
 
-# -- noise and coins of the step ---------------------------------------------------------------------
+# -- noise and coins of the step -------------------------------------------------------------------
 
 
 class OwnNoise(GAN):
@@ -174,7 +170,8 @@ class OwnNoise(GAN):
         real, _, _ = batch
         fake = self.generator(self.random.normal(len(real), 3))
         yield {"critic": real_loss(self.critic(real)) + fake_loss(self.critic(fake))}
-        yield {"generator": real_loss(self.critic(self.generator(self.random.normal(len(real), 3))))}
+        other = self.generator(self.random.normal(len(real), 3))
+        yield {"generator": real_loss(self.critic(other))}
 
 
 def draws_of_steps(count: int) -> Iterator[SampleRandom]:

@@ -26,7 +26,7 @@ def encoder() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
-# -- InfoNCE -----------------------------------------------------------------------------------------
+# -- InfoNCE ---------------------------------------------------------------------------------------
 
 
 class InfoNCE(LoopModule):
@@ -40,7 +40,9 @@ class InfoNCE(LoopModule):
         a, b = (F.normalize(self.encoder(view), dim=1) for view in batch)
         (all_a, all_b), offset = yield from Gather((a, b))
         own = torch.arange(offset, offset + len(a))
-        yield (F.cross_entropy(a @ all_b.T / 0.2, own) + F.cross_entropy(b @ all_a.T / 0.2, own)) / 2
+        a_to_b = F.cross_entropy(a @ all_b.T / 0.2, own)
+        b_to_a = F.cross_entropy(b @ all_a.T / 0.2, own)
+        yield (a_to_b + b_to_a) / 2
 
     def configure_optimizers(self) -> SGD:
         return SGD(self.encoder.parameters(), lr=0.1)
@@ -58,7 +60,7 @@ def info_nce(module: InfoNCE, batches: list[Any]) -> Iterator[None]:
         yield
 
 
-# -- MoCo --------------------------------------------------------------------------------------------
+# -- MoCo ------------------------------------------------------------------------------------------
 
 
 class MoCo(LoopModule):

@@ -15,9 +15,10 @@ PAD = 0
 
 
 def sentences(sizes: list[int]) -> list[Any]:
-    """Token ids of shape (n, 6), padded at the end; the first sentences are empty but for one token.
+    """Token ids of shape (n, 6), padded at the end.
 
-    So whole shards hold no token to predict.
+    The first half of the sentences have one token each and none to predict; whole shards hold no
+    others.
     """
     draws = Draws(2)
     batches = []

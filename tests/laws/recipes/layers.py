@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam
 from composefit import LoopModule
 from tests.laws.recipe import Draws, Recipe
 
-# -- tied parameters and einsum ----------------------------------------------------------------------
+# -- tied parameters and einsum --------------------------------------------------------------------
 
 
 def tokens(sizes: list[int]) -> list[Any]:
@@ -55,7 +55,7 @@ def tied(module: Tied, batches: list[Tensor]) -> Iterator[None]:
         yield
 
 
-# -- channels_last with fused Adam -------------------------------------------------------------------
+# -- channels_last with fused Adam -----------------------------------------------------------------
 
 
 def images(sizes: list[int]) -> list[Any]:
@@ -98,7 +98,7 @@ class ContiguousWeights(ChannelsLast):
         self.net.to(memory_format=torch.contiguous_format)
 
 
-# -- sparse embedding --------------------------------------------------------------------------------
+# -- sparse embedding ------------------------------------------------------------------------------
 
 
 class SparseEmbedding(LoopModule):
@@ -118,13 +118,14 @@ def sparse_embedding(module: SparseEmbedding, batches: list[Tensor]) -> Iterator
     optimizer = SGD(module.parameters(), lr=0.2)
     for ids in batches:
         optimizer.zero_grad()
-        F.mse_loss(module.head(module.embedding(ids)).mean((1, 2)), ids.sum(1) / 10).backward()
+        found = module.head(module.embedding(ids)).mean((1, 2))
+        F.mse_loss(found, ids.sum(1).double() / 10).backward()
         assert module.embedding.weight.grad.is_sparse
         optimizer.step()
         yield
 
 
-# -- normalised --------------------------------------------------------------------------------------
+# -- normalised ------------------------------------------------------------------------------------
 
 
 class GroupNormalised(LoopModule):

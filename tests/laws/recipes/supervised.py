@@ -17,7 +17,7 @@ def labelled(sizes: list[int]) -> list[Any]:
     return [(draws.normal(n, 4), draws.integers(3, n)) for n in sizes]
 
 
-# -- classifier --------------------------------------------------------------------------------------
+# -- classifier ------------------------------------------------------------------------------------
 
 
 class Classifier(LoopModule):
@@ -53,14 +53,15 @@ def averaged_classifier(module: Classifier, batches: list[Any]) -> Iterator[None
         yield
 
 
-# -- clipped, with momentum, weight decay and a schedule ---------------------------------------------
+# -- clipped, with momentum, weight decay and a schedule -------------------------------------------
 
 
 class Scheduled(Classifier):
     def configure_optimizers(self) -> Any:
         optimizer = SGD(self.net.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = {"scheduler": scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 def scheduled(module: Scheduled, batches: list[Any]) -> Iterator[None]:
@@ -75,7 +76,7 @@ def scheduled(module: Scheduled, batches: list[Any]) -> Iterator[None]:
         yield
 
 
-# -- control flow by the reduced loss ----------------------------------------------------------------
+# -- control flow by the reduced loss --------------------------------------------------------------
 
 
 class UntilGoodEnough(Classifier):
@@ -95,19 +96,20 @@ def until_good_enough(module: UntilGoodEnough, batches: list[Any]) -> Iterator[N
     optimizer = SGD(module.net.parameters(), lr=0.1)
     updates = []
     for x, y in batches:
-        for turn in range(3):
+        updates.append(0)
+        for _ in range(3):
             optimizer.zero_grad()
             loss = F.cross_entropy(module.net(x), y)
             loss.backward()
             optimizer.step()
+            updates[-1] += 1
             if loss.item() < module.enough:
                 break
-        updates.append(turn + 1)
         yield
     assert {1, 3} <= set(updates)  # both ways were taken
 
 
-# -- two losses on one encoder -----------------------------------------------------------------------
+# -- two losses on one encoder ---------------------------------------------------------------------
 
 
 class ActorCritic(LoopModule):
@@ -146,7 +148,7 @@ def actor_critic(module: ActorCritic, batches: list[Any]) -> Iterator[None]:
         yield
 
 
-# -- simultaneous updates of overlapping parameters --------------------------------------------------
+# -- simultaneous updates of overlapping parameters ------------------------------------------------
 
 
 class Overlapping(ActorCritic):
