@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from torch.optim import Optimizer
-
 from composefit.callbacks import Callback
 from composefit.module import LoopModule, offered
 
@@ -45,14 +43,10 @@ class HookCaller:
         hooks = self._found.get(name)
         if hooks is None:
             hooks = self._found[name] = self._find(name, len(arguments))
-        if hooks:
+        if hooks:  # most have nobody to call, and cost next to nothing
             for hook in hooks:
                 hook(*arguments)
             self._heard()
-
-    def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
-        """See `composefit.lockstep.stepper.Hooks`."""
-        self("on_before_optimizer_step", optimizer, name)
 
     def _find(self, name: str, count: int) -> list[Callable[..., Any]]:
         found: list[Callable[..., Any]] = []

@@ -32,15 +32,16 @@ class Logs:
         self._steps: dict[str, _StepValue] = {}
         self._epochs: dict[str, _Running] = {}
         self._finished: dict[str, float] = {}
-        self._bar: set[str] = set()
-        self._hidden: set[str] = set()
+        self._options: dict[str, LogOptions] = {}
 
     # -- writing -----------------------------------------------------------------------------------
 
     def add(self, shards: Sequence[LoggingShard]) -> None:
         """Take what the shards of one step have logged."""
-        first = shards[0].context.logs
-        if not first and all(not shard.context.logs for shard in shards):
+        if len(shards) == 1:
+            (shard,) = shards
+            for name, logged in shard.context.logs.items():
+                self._add(name, [(shard, logged)])
             return
         names = dict.fromkeys(name for shard in shards for name in shard.context.logs)
         for name in names:
@@ -52,32 +53,25 @@ class Logs:
     def add_hook(self, logs: dict[str, Logged]) -> None:
         """Take what a hook has logged: it counts once, whatever the samples."""
         for name, logged in logs.items():
-            self._note(name, logged.options)
+            self._options[name] = logged.options
             value = _Value(name, [(logged.value, logged.weight or 1)])
             self._put(name, logged.options, value)
         logs.clear()
 
     def _add(self, name: str, entries: list[tuple[LoggingShard, Logged]]) -> None:
-        options = entries[0][1].options
-        self._note(name, options)
-        value = entries[0][1].value
+        first, logged = entries[0]
+        options = self._options[name] = logged.options
+        value = logged.value
         if isinstance(value, (Metric, MetricCollection)):
-            self._put(name, options, _MetricValue(entries[0][0].owners(value)))
-            return
-        if len(entries) == 1 and not options.on_epoch:  # nobody needs a weight
+            self._put(name, options, _MetricValue(first.owners(value)))
+        elif len(entries) == 1 and not options.on_epoch:  # nobody needs a weight
             self._steps[name] = _Value(name, [(value, 1)])
-            return
-        weighted = [
-            (logged.value, shard.samples if logged.weight is None else logged.weight)
-            for shard, logged in entries
-        ]
-        self._put(name, options, _Value(name, weighted))
-
-    def _note(self, name: str, options: LogOptions) -> None:
-        if options.prog_bar:
-            self._bar.add(name)
-        if not options.logger:
-            self._hidden.add(name)
+        else:
+            weighted = [
+                (one.value, shard.samples if one.weight is None else one.weight)
+                for shard, one in entries
+            ]
+            self._put(name, options, _Value(name, weighted))
 
     def _put(self, name: str, options: LogOptions, value: _StepValue) -> None:
         if options.on_step:
@@ -92,7 +86,7 @@ class Logs:
         return {
             self._step_name(name): value.read()
             for name, value in self._steps.items()
-            if name not in self._hidden
+            if self._options[name].logger
         }
 
     def end_epoch(self) -> dict[str, float]:
@@ -103,7 +97,7 @@ class Logs:
             self._finished[name] = value
             if running.with_steps:
                 self._finished[f"{name}_epoch"] = value
-            if name not in self._hidden:
+            if self._options[name].logger:
                 found[f"{name}_epoch" if running.with_steps else name] = value
         self._epochs.clear()
         return found
@@ -116,7 +110,7 @@ class Logs:
     def bar_values(self) -> dict[str, float]:
         """What was logged with `prog_bar=True`."""
         found = {}
-        for name in sorted(self._bar):
+        for name in sorted(name for name, options in self._options.items() if options.prog_bar):
             if name in self._steps:
                 found[name] = self._steps[name].read()
             elif name in self._finished:

@@ -248,13 +248,14 @@ class Trainer:
         shards = driver.step(batches, batch_idx, self.global_step)
         self.global_step += 1
         self._epoch_steps += 1
-        self._count_samples(shards, batches)
+        if self.samples_seen is not None:
+            self._count_samples(shards, batches)
         self.logs.add(shards)
         if self.global_step % self.log_every_n_steps == 0:
             self._write(self.logs.step_values())
         losses = driver.losses
-        if len(self.optimizers) == 1 and losses:
-            return {"loss": next(iter(losses.values()))}
+        if len(self.optimizers) == 1:
+            return {"loss": loss for loss in losses.values()}
         return losses
 
     def evaluate(self, module: LoopModule, batch: Any, batch_idx: int = 0) -> Any:
@@ -475,7 +476,7 @@ class Trainer:
             self.precision,
             self.strategy.device,
             self.strategy.optimizer_step,
-            _UpdateHooks(self),
+            self,
             self.on_nonfinite,
         )
         body = Body.method(module, "training_step", training=True)
@@ -504,8 +505,7 @@ class Trainer:
 
     def _count_samples(self, shards: Sequence[Shard], batches: Sequence[Any]) -> None:
         """For samples per second; the size of a batch that nobody cut is asked once."""
-        if self.samples_seen is None:
-            return
+        assert self.samples_seen is not None
         if len(shards) > 1:
             self.samples_seen += sum(shard.samples for shard in shards)
             return
@@ -528,11 +528,18 @@ class Trainer:
         if self._hook_context.logs:
             self._current_logs.add_hook(self._hook_context.logs)
 
-    def _after_update(self, optimizer: Optimizer, name: str) -> None:
+    def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """Hooks before an optimizer's step; the stepper calls it."""
+        if self._hooks is not None:
+            self._hooks("on_before_optimizer_step", optimizer, name)
+
+    def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """Schedulers that count updates, and hooks after a step; the stepper calls it."""
         for schedule in self.optimizers[name].schedulers:
             if schedule.interval == "step" and schedule.due(self.updates[name]):
                 self._step_schedule(name, schedule)
-        self.call("on_after_optimizer_step", optimizer, name)
+        if self._hooks is not None:
+            self._hooks("on_after_optimizer_step", optimizer, name)
 
     def _step_schedule(self, name: str, schedule: Schedule) -> None:
         if schedule.monitor is None:
@@ -549,19 +556,6 @@ class Trainer:
         if schedule.strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
-
-
-class _UpdateHooks:
-    """Passes an optimizer's step on to schedulers and hooks."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
-        self.trainer.call("on_before_optimizer_step", optimizer, name)
-
-    def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
-        self.trainer._after_update(optimizer, name)
 
 
 _EXAMPLES = {
