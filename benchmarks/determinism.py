@@ -2,8 +2,8 @@
 
 `python benchmarks/determinism.py`: trains a module that draws and writes wherever a module can
 (dropout, attention dropout, LSTM dropout, BatchNorm, activation checkpointing, noise in the step)
-200 times with one seed, and counts the different results; with `SingleDevice(shards=n)`'s beside it,
-which must be the same as n threads', and another seed's, which must not.
+200 times with one seed, and counts the different results. `SingleDevice(shards=n)` must give the
+same one as n threads, another seed must not.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loops",),
     ("callbacks", "loggers"),
     ("checkpoint",),
+    ("data_parallel",),
     ("strategies",),
     ("lockstep",),
     ("module",),

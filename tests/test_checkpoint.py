@@ -1,5 +1,6 @@
 import collections
 import enum
+import fcntl
 import io
 import os
 import pathlib
@@ -384,6 +385,37 @@ def test_a_temporary_that_somebody_is_writing_is_not_taken_for_a_leftover(path: 
         file.write(b"second")
     assert path.read_bytes() == b"second"
     assert files(path.parent) == ["last.ckpt"]
+
+
+def test_a_temporary_that_another_process_removed_before_it_was_locked_is_made_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[str] = []
+
+    def flock(file: Any, how: int, really: Callable[..., None] = fcntl.flock) -> None:
+        if not removed:
+            removed.append(file.name)
+            os.unlink(file.name)
+        really(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    checkpoint.save(path, {"x": 1})
+    assert len(removed) == 1
+    assert checkpoint.load(path) == {"x": 1}
+
+
+def test_a_file_system_without_locks_is_written_to_and_leftovers_stay(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    leftover = path.with_name(f".last.ckpt.{'0' * 16}.tmp")
+    leftover.touch()
+    checkpoint.save(path, {"x": 1})
+    assert checkpoint.load(path) == {"x": 1}
+    assert leftover.exists()  # it might be somebody's
 
 
 def test_leftovers_of_other_targets_are_left_alone(path: Path) -> None:

@@ -28,7 +28,7 @@ class HookCaller:
     def __init__(
         self,
         trainer: Any,
-        module: LoopModule,
+        module: LoopModule | None,
         callbacks: Sequence[Callback],
         heard: Callable[[], None],
     ) -> None:
@@ -54,8 +54,9 @@ class HookCaller:
             if _written(callback, Callback, name):
                 hook = getattr(callback, name)
                 found.append(_fitted(hook, count + 2, (self._trainer, self._module)))
-        if name not in _CALLBACK_ONLY and _written(self._module, LoopModule, name):
-            found.append(_fitted(getattr(self._module, name), count, ()))
+        module = self._module
+        if module is not None and name not in _CALLBACK_ONLY and _written(module, LoopModule, name):
+            found.append(_fitted(getattr(module, name), count, ()))
         return found
 
 

@@ -151,9 +151,10 @@ class Mean(Loss):
                 it may be NaN, as torch gives for a mean over nothing; it is then left out.
             weight: as in `Mean`.
         """
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or (weight.device.type == "cpu" and not weight.dim()):
+            # Without a graph: zero times the infinite slope of a mean over nothing is NaN.
             return cls(mean * weight if weight else torch.zeros_like(mean), weight)
-        # where, not a product alone: NaN times zero is NaN.
+        # where, not a product alone: NaN times zero is NaN. (Asking a GPU would wait for it.)
         return cls(torch.where(weight > 0, mean, torch.zeros_like(mean)) * weight, weight)
 
 

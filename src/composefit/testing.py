@@ -255,7 +255,7 @@ def assert_user_error(
 def run_step(module: LoopModule, batch: Any, **trainer_arguments: Any) -> list[Effect[Any]]:
     """Train a module for one step, on the CPU and in one shard: the effects that the step yielded.
 
-    The weights change as in any step, hooks run, and the same module may be given again.
+    The weights change as in any step, with the hooks around each update; those of loops do not run.
 
     Args:
         module: is trained.
@@ -285,8 +285,7 @@ def run_step(module: LoopModule, batch: Any, **trainer_arguments: Any) -> list[E
         True
     """
     trainer = _Tracing(**_quiet({**trainer_arguments, "strategy": SingleDevice(_CPU)}))
-    with torch.random.fork_rng(devices=[]):
-        trainer.fit(module, [batch])
+    trainer.step(module, [batch])
     return trainer.effects
 
 

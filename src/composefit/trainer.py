@@ -74,6 +74,7 @@ class Trainer:
         updates: name -> how often an optimizer was updated.
         optimizers: name -> optimizer with its schedulers and clipping.
         should_stop: set it to end the fit after the step that runs.
+        call: `call(hook, *arguments)` runs a hook of the callbacks, then of the module.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class Trainer:
         self._training: Lockstep | None = None
         self._evaluating: Lockstep | None = None
         self._stepper: Stepper | None = None
-        self._hooks: HookCaller | None = None
+        self.call = HookCaller(self, None, self.callbacks, self._heard)
         self._hook_context = Context(None)
         self._hook_context.training = False  # what hooks log counts once an epoch
         self._epoch_updates: dict[str, int] = {}
@@ -251,7 +252,7 @@ class Trainer:
         if self.samples_seen is not None:
             self._count_samples(shards, batches)
         self.logs.add(shards)
-        if self.global_step % self.log_every_n_steps == 0:
+        if self.loggers and self.global_step % self.log_every_n_steps == 0:
             self._write(self.logs.step_values())
         losses = driver.losses
         if len(self.optimizers) == 1:
@@ -337,11 +338,6 @@ class Trainer:
         return self.strategy.describe(samples)
 
     # -- what loops call -----------------------------------------------------------------------------
-
-    def call(self, hook: str, *arguments: Any) -> None:
-        """Run a hook of the callbacks and of the module."""
-        if self._hooks is not None:
-            self._hooks(hook, *arguments)
 
     def end_epoch(self) -> None:
         """The end of a training epoch: means, schedulers that count epochs, and what went unused."""
@@ -432,7 +428,7 @@ class Trainer:
         self.module = module
         self._training = self._evaluating = self._stepper = None
         module.trainer = self
-        self._hooks = HookCaller(self, module, self.callbacks, self._heard)
+        self.call = HookCaller(self, module, self.callbacks, self._heard)
 
     @contextmanager
     def _running(self, module: LoopModule, stage: str) -> Iterator[None]:
@@ -530,16 +526,14 @@ class Trainer:
 
     def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
         """Hooks before an optimizer's step; the stepper calls it."""
-        if self._hooks is not None:
-            self._hooks("on_before_optimizer_step", optimizer, name)
+        self.call("on_before_optimizer_step", optimizer, name)
 
     def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
         """Schedulers that count updates, and hooks after a step; the stepper calls it."""
         for schedule in self.optimizers[name].schedulers:
             if schedule.interval == "step" and schedule.due(self.updates[name]):
                 self._step_schedule(name, schedule)
-        if self._hooks is not None:
-            self._hooks("on_after_optimizer_step", optimizer, name)
+        self.call("on_after_optimizer_step", optimizer, name)
 
     def _step_schedule(self, name: str, schedule: Schedule) -> None:
         if schedule.monitor is None:

@@ -65,8 +65,7 @@ class Update(Effect["dict[str, Tensor]"]):
             self.losses[name] = loss.detach()
 
     def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
-        losses = {name: [effect.losses[name] for effect in effects] for name in self.losses}
-        return [barrier.update(losses)] * len(effects)
+        return [barrier.update(_columns(effects))] * len(effects)
 
     def __repr__(self) -> str:
         return "{" + ", ".join(f"{name!r}: loss" for name in self.losses) + "}"
@@ -78,11 +77,16 @@ class OnlyUpdate(Update):
     __slots__ = ()
 
     def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
-        (reduced,) = super().combine(barrier, effects)[0].values()
+        (reduced,) = barrier.update(_columns(effects)).values()
         return [reduced] * len(effects)
 
     def __repr__(self) -> str:
         return "a loss"
+
+
+def _columns(effects: Sequence[Update]) -> dict[str, list[Tensor | Loss]]:
+    """name -> its loss in each shard."""
+    return {name: [effect.losses[name] for effect in effects] for name in effects[0].losses}
 
 
 class Gradient(Effect["dict[str, list[Tensor | None]]"]):

@@ -21,14 +21,9 @@ def test_seeded_runs_are_bitwise_equal(strategy: str) -> None:
     assert_deterministic(Noisy, batches(3), STRATEGIES[strategy](), runs=20)
 
 
-def test_accumulated_micro_batched_runs_in_threads_are_bitwise_equal() -> None:
+def test_seeded_accumulated_runs_in_threads_are_bitwise_equal() -> None:
     assert_deterministic(
-        Noisy,
-        batches(6),
-        ThreadDataParallel(4),
-        runs=5,
-        accumulate_grad_batches=2,
-        microbatch_size=2,
+        Noisy, batches(6), ThreadDataParallel(4), runs=5, accumulate_grad_batches=2
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from composefit import Gather, LoopModule, Mean, Once, SingleDevice, Strategy, ThreadDataParallel
-from composefit.random import hash_key
 from tests.lockstep.steps import (
     F64,
     data,
@@ -322,11 +322,11 @@ def test_a_metric_is_that_of_all_samples(strategy: Callable[[], Strategy]) -> No
         return self.net(x).square().mean()
 
     net, x = module(step), data(7, 3)
-    net.metric = MeanMetric().double()
+    net.metric = MeanMetric()  # float32, whatever it is given
     net.configure_optimizers = lambda: torch.optim.SGD(net.net.parameters(), lr=0.1)
     run = trainer(strategy())
     run.step(net, [x])
-    assert run.logged_metrics["mean"] == pytest.approx(x.mean().item(), rel=1e-12)
+    assert run.logged_metrics["mean"] == pytest.approx(x.mean().item(), rel=1e-6)
 
 
 @several_shards
@@ -441,13 +441,16 @@ def test_logs_and_draws_of_once_count_once(strategy: Callable[[], Strategy]) -> 
 # -- rule 8: streams ------------------------------------------------------------------------------------
 
 
-def _shard_draws(strategy: Strategy) -> dict[int, Tensor]:
-    """What each shard's own stream gives in two visits of step 0, by the row it begins with."""
+def _shard_draws(strategy: Strategy, late: int) -> dict[int, Tensor]:
+    """What each shard's own stream gives in two visits, by the row that it begins with."""
     draws: dict[int, list[Tensor]] = {}
 
     def step(self: Any, x: Tensor) -> Iterator[Any]:
+        row = int(x[0, 0])
         for _ in range(2):
-            draws.setdefault(int(x[0, 0]), []).append(torch.rand(3))
+            if row == late:  # the others draw first, where shards run side by side
+                time.sleep(0.02)
+            draws.setdefault(row, []).append(torch.rand(3))
             yield {"net": self.net(x).square().mean()}
 
     x = data(6, 3)
@@ -457,14 +460,15 @@ def _shard_draws(strategy: Strategy) -> dict[int, Tensor]:
 
 
 @several_shards
-def test_each_shard_draws_from_a_stream_of_its_own(strategy: Callable[[], Strategy]) -> None:
-    found = _shard_draws(strategy())
+@pytest.mark.parametrize("late", [0, 2, 4])
+def test_each_shard_draws_from_a_stream_of_its_own(
+    late: int, strategy: Callable[[], Strategy]
+) -> None:
+    found, expected = _shard_draws(strategy(), late), _shard_draws(SingleDevice("cpu", 3), -1)
     assert sorted(found) == [0, 2, 4]
-    for shard, row in enumerate(sorted(found)):
-        # Keyed by seed, a constant that means shards, step and shard: whoever runs when.
-        key = hash_key(hash_key(5, 1), 0, shard)
-        expected = torch.rand(6, generator=torch.Generator().manual_seed(key))
-        assert torch.equal(found[row], expected)
+    assert all(torch.equal(found[row], expected[row]) for row in found)
+    numbers = torch.cat(list(found.values()))
+    assert len(numbers.unique()) == 18
 
 
 class Dropping(nn.Module):

@@ -1,13 +1,13 @@
 """Rule 7, and where samples are: cutting a batch into shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from composefit import LoopModule, SingleDevice, Strategy, ThreadDataParallel
+from composefit import LoopModule, SingleDevice, Strategy, Sum, ThreadDataParallel
 from composefit.data import LoaderBatches
 from composefit.lockstep.scatter import batch_size, scatter
 from tests.lockstep.steps import data, every_strategy, linear, module, several_shards, trainer
@@ -107,64 +107,40 @@ def test_an_empty_batch_is_an_error(batch: Any) -> None:
         batch_size(Plain(), batch)
 
 
-@pytest.mark.parametrize("where", ["first", "last"])
 @every_strategy
-def test_a_shard_may_change_its_part_in_place(
-    where: str, strategy: Callable[[], Strategy]
+def test_a_step_may_change_its_part_of_the_batch_in_place(
+    strategy: Callable[[], Strategy],
 ) -> None:
-    # Views of one batch would share its version counter: what one shard writes after another's
-    # forward would make that one's backward raise.
-    def step(self: Any, batch: Any) -> Tensor:
-        x = batch["x"]
-        if where == "first":
-            x.mul_(2)
-        h = (self.net(x) * x[:, :2]).square()
-        if where == "last":
-            self.scratch = None
-            batch["other"].mul_(2)
-        return h.mean()
+    def step(self: Any, x: Tensor) -> Tensor:
+        x.mul_(2)
+        return (self.net(x) * x[:, :2]).square().mean()
 
-    def simple(self: Any, batch: Any) -> Tensor:
-        x = batch["x"].mul_(2) if where == "first" else batch["x"]
-        loss = (self.net(x) * x[:, :2]).square().mean()
-        if where == "last":
-            batch["other"].mul_(2)
-        return loss
-
-    net, x = module(simple), data(7, 3)
-    factor = 2 if where == "first" else 1
-    expected = linear(3, 2)
-    loss = (expected(factor * x) * factor * x[:, :2]).square().mean()
+    net, x, expected = module(step), data(7, 3), linear(3, 2)
+    loss = (expected(2 * x) * 2 * x[:, :2]).square().mean()
     found = torch.autograd.grad(loss, list(expected.parameters()))
-    trainer(strategy()).step(net, [{"x": x.clone(), "other": x.clone()}])
+    trainer(strategy()).step(net, [x.clone()])
     for p, q, g in zip(net.parameters(), expected.parameters(), found, strict=True):
         torch.testing.assert_close(p, q - 0.1 * g, rtol=1e-12, atol=1e-12)
 
 
 @several_shards
-def test_what_a_shard_writes_in_place_does_not_touch_anothers_graph(
+def test_what_a_shard_writes_in_place_does_not_break_anothers_graph(
     strategy: Callable[[], Strategy],
 ) -> None:
-    # All graphs stand when the shards write: at the second effect, with the first's graph kept.
-    def step(self: Any, x: Tensor) -> Any:
+    # All graphs stand at the first effect. Views of one batch have one version counter: what one
+    # shard writes then makes the others' backwards raise.
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
         loss = (self.net(x) * x[:, :2]).square().mean()
-        yield from self.wait(x)
+        yield Sum(x.detach().sum())
         if x[0, 0] == 0:
-            x.add_(0)  # the values stay, only the counter moves
+            x.add_(0)
             loss = (self.net(x) * x[:, :2]).square().mean()
         yield {"net": loss}
 
-    def wait(self: Any, x: Tensor) -> Any:
-        from composefit import Sum
-
-        yield Sum(x.detach().sum())
-
-    net = module(step)
-    kind = type("Waiting", (type(net),), {"wait": wait})
     x = data(6, 3)
     x[:, 0] = torch.arange(6)
     run = trainer(strategy())
-    run.step(kind({"net": linear(3, 2)}, net.make), [x])
+    run.step(module(step), [x])
     assert run.updates == {"net": 1}
 
 

@@ -217,11 +217,9 @@ class Lockstep:
                 if effect is None:
                     break
                 results = effect.combine(self, [shard.effect for shard in shards])
-                done = True
                 for shard, result in zip(shards, results, strict=True):
                     shard.result = result
-                    done = done and shard.done
-                if done:
+                if shards[0].done and (alone or all(shard.done for shard in shards)):
                     break
             if not alone:
                 self._merge()
@@ -264,7 +262,7 @@ class Lockstep:
         self.backward.begin_alone()
         # Its stream is the default generator, which is put back afterwards: what the loader draws
         # from it in between (the order of samples) must not depend on what the step drew.
-        key = hash_key(self._key, self.number)
+        key = hash_key(self._key + self.number)
         for generator in self._default_generators:
             self._default_states.append(generator.get_state())
             generator.manual_seed(key)
@@ -291,7 +289,7 @@ class Lockstep:
                 self.number, start, start + size, world, self.dtype, self.device
             )
             assert isinstance(shard.draws, Stream)
-            shard.draws.seed(hash_key(self._key, self.number, shard.index))
+            shard.draws.seed(hash_key(self._key + self.number, shard.index))
             start += size
         lanes_used = {part.lane for part in parts}
         side_by_side = self.lanes.concurrent and len(lanes_used) > 1

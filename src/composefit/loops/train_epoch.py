@@ -54,20 +54,20 @@ class TrainEpochLoop:
 
     def run(self, epochs_left: float = 1) -> None:
         """Run one epoch; `epochs_left` counts it and those after it."""
-        trainer, module = self.trainer, self.module
+        trainer, module, call = self.trainer, self.module, self.trainer.call
         self.batch_idx = 0
-        trainer.call("on_train_epoch_start")
+        call("on_train_epoch_start")
         for window in self._windows(epochs_left):
             first = self.batch_idx
-            for i, batch in enumerate(window):
-                trainer.call("on_train_batch_start", batch, first + i)
+            for i, batch in enumerate(window, first):
+                call("on_train_batch_start", batch, i)
             try:
                 outputs = trainer.step(module, window, first)
             finally:
                 self.batch_idx += len(window)
-            for i, batch in enumerate(window):
-                trainer.call("on_train_batch_end", outputs, batch, first + i)
-            if self.steps_left <= 0 or trainer.should_stop:
+            for i, batch in enumerate(window, first):
+                call("on_train_batch_end", outputs, batch, i)
+            if trainer.global_step >= self.max_steps or trainer.should_stop:
                 break
 
     def _windows(self, epochs_left: float) -> Iterator[list[Any]]:

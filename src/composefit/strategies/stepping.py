@@ -8,11 +8,11 @@ from typing import Any
 from torch.autograd import profiler
 from torch.optim import Optimizer, optimizer
 
-_global_hooks = (
-    getattr(optimizer, "_global_optimizer_pre_hooks", None),
-    getattr(optimizer, "_global_optimizer_post_hooks", None),
+_pre_hooks = getattr(optimizer, "_global_optimizer_pre_hooks", None)
+_post_hooks = getattr(optimizer, "_global_optimizer_post_hooks", None)
+_torch_is_known = (
+    _pre_hooks is not None and _post_hooks is not None and hasattr(profiler, "_is_profiler_enabled")
 )
-_torch_is_known = None not in _global_hooks and hasattr(profiler, "_is_profiler_enabled")
 
 
 def step(optimizer: Optimizer) -> None:
@@ -43,7 +43,8 @@ def bare_step(optimizer: Optimizer) -> Callable[[Any], Any] | None:
         or profiler._is_profiler_enabled
         or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
-        or any(_global_hooks)
+        or _pre_hooks
+        or _post_hooks
     ):
         return None
     replaced = vars(optimizer).get("step")
