@@ -221,9 +221,13 @@ def test_no_flipped_bit_changes_what_is_loaded(path: Path) -> None:
     checkpoint.save(path, state)
     whole = path.read_bytes()
     refused = 0
-    for offset in range(0, len(whole), 5):
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir  # no checksum covers what follows: every bit of it
+    flips = [(offset, offset % 8) for offset in range(0, directory, 5)]
+    flips += [(offset, bit) for offset in range(directory, len(whole)) for bit in range(8)]
+    for offset, bit in flips:
         flipped = bytearray(whole)
-        flipped[offset] ^= 1 << offset % 8
+        flipped[offset] ^= 1 << bit
         path.write_bytes(flipped)
         try:
             loaded = checkpoint.load(path)
@@ -320,6 +324,19 @@ def test_a_file_that_asks_for_code_runs_none_and_the_error_recommends_none(path:
     assert caught.value.__suppress_context__
     torch.load(path, weights_only=False)
     assert marker.exists()  # the control
+
+
+def test_a_file_whose_plain_data_is_garbage_is_an_error_that_names_it(path: Path) -> None:
+    checkpoint.save(path, {"x": 1})
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+    records["archive/data.pkl"] = b"\x00garbage"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+            archive.getinfo(name).external_attr = 0
+    with pytest.raises(RuntimeError, match=r"last\.ckpt was not loaded: it asks for more than"):
+        checkpoint.load(path)
 
 
 # -- nothing is lost (F29, F36) --------------------------------------------------------------------

@@ -504,12 +504,14 @@ def test_a_refresh_within_a_step_takes_over_only_what_the_owner_changed():
     copy = replica.module
     loss = (copy.net(VECTOR) * copy.other).sum()
     copy.net.h = "set by a forward"
+    copy.net[0].register_forward_hook(lambda m, i, o: None)
     copy.net[1].num_batches_tracked.add_(5)
     owner.queue.data[0] = 7.0  # moves no version counter
     owner.center = 3
     owner.net.extra = nn.Linear(1, 1)
     replica.refresh(within_step=True)
     assert copy.queue[0] == 7 and copy.center == 3 and copy.net.h == "set by a forward"
+    assert len(copy.net[0]._forward_hooks) == 1
     assert copy.net.extra is not owner.net.extra
     assert copy.net.extra(torch.ones(1, 1)).requires_grad
     assert copy.net[1].num_batches_tracked == 6
@@ -607,7 +609,15 @@ def test_a_lazy_module_must_run_first():
     with pytest.raises(ValueError, match=r"1\.weight is not initialised yet.*run one forward"):
         Replica(owner)
     owner(VECTOR)
-    assert_runs_like(owner, VECTOR)
+    replica = assert_runs_like(owner, VECTOR)
+    owner.append(nn.LazyLinear(2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"2\.weight is not initialised yet"):
+            replica.refresh()
+    copy = replica.module
+    owner(VECTOR)
+    assert_runs_like(owner, VECTOR, replica=_refreshed(replica))
+    assert replica.module is copy
     with pytest.raises(ValueError, match="running_mean is not initialised"):
         Replica(nn.LazyBatchNorm1d(affine=False))
 
@@ -1030,6 +1040,7 @@ def test_metrics_updated_in_shards_are_those_of_all_samples(kind, call, owner_fi
         if owner_first:  # in between, the owner is used itself
             owner.metric.update(*_arguments(kind, slice(20, 24)))
             reference.update(*_arguments(kind, slice(20, 24)))
+            owner.metric.compute()  # remembered by torchmetrics until the next update
         bounds = [0, 1, 4, 10]
         for i, replica in enumerate(replicas):
             replica.refresh()
@@ -1049,18 +1060,18 @@ def test_metrics_updated_in_shards_are_those_of_all_samples(kind, call, owner_fi
 
 
 def test_groups_of_a_collection_are_not_decided_by_one_shard():
-    """One sample, predicted rightly: precision, recall and accuracy of this shard are equal."""
-    make = lambda: torchmetrics.MetricCollection(  # noqa: E731
-        [torchmetrics.MaxMetric(), torchmetrics.MinMetric()]
-    )
+    """A first sample on which both agree would have the second metric follow the first."""
     owner = nn.Module()
-    owner.metrics = make()
-    owner.metrics["MinMetric"].min_value = torch.tensor(-math.inf)  # equal at the start
-    replica = Replica(owner)
+    owner.metrics = torchmetrics.MetricCollection(
+        {"low": BinaryAccuracy(threshold=0.5), "high": BinaryAccuracy(threshold=0.9)}
+    )
     groups = {key: list(value) for key, value in owner.metrics._groups.items()}
-    replica.module.metrics.update(torch.ones(1))
+    replica = Replica(owner)
+    for score in (0.95, 0.7):
+        replica.module.metrics.update(torch.tensor([score]), torch.tensor([1]))
     merge(owner, [replica], [1])
     assert owner.metrics._groups == groups and not owner.metrics._groups_checked
+    assert owner.metrics["low"].compute() == 1.0 and owner.metrics["high"].compute() == 0.5
 
 
 def test_a_means_state_is_weighted_by_updates():

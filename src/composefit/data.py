@@ -30,7 +30,10 @@ class Loaders:
             yield LoaderBatches(zip(self.loaders, batches, strict=True))
 
     def __len__(self) -> int:
-        return min(len(loader) for loader in self.loaders.values() if isinstance(loader, Sized))
+        sizes = [len(loader) for loader in self.loaders.values() if isinstance(loader, Sized)]
+        if not sizes:
+            raise TypeError("none of these loaders says how many batches it has")
+        return min(sizes)
 
 
 def as_loader(loader: object, name: str) -> Iterable[Any]:
@@ -57,6 +60,14 @@ def number_of_batches(loader: Iterable[Any]) -> int | float:
         return float("inf")
 
 
+def _one_shot(loader: Iterable[Any]) -> Iterable[Any] | None:
+    """The loader, or the first of several, that can be iterated only once."""
+    if isinstance(loader, Loaders):
+        return next((found for one in loader.loaders.values() if (found := _one_shot(one))), None)
+    # Not `iter(loader) is loader`: that starts a DataLoader's workers, and draws a seed.
+    return loader if isinstance(loader, Iterator) else None
+
+
 class Batches:
     """Iterates over a loader, epoch after epoch, guarding the fetching and only that.
 
@@ -78,9 +89,9 @@ class Batches:
         Args:
             epochs_wanted: how many there will be: a one-shot iterator is refused for several.
         """
-        if epochs_wanted > 1 and iter(self.loader) is self.loader:
+        if epochs_wanted > 1 and (once := _one_shot(self.loader)) is not None:
             raise ValueError(
-                f"{self.name} is a one-shot iterator ({type(self.loader).__name__}), not "
+                f"{self.name} is a one-shot iterator ({type(once).__name__}), not "
                 "re-iterable: it would be empty from the second epoch on. Pass something that can "
                 "be iterated again, such as a DataLoader or a list"
             )

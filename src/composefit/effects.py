@@ -1,9 +1,9 @@
 """What an effect is, and the effects that let samples meet: `Gather`, `Once`, bare `Mean`/`Sum`.
 
-A step's shards run side by side from yield to yield. An effect is what they yield: each shard first
-does its own part in its own worker (`visit`), then, with all shards at the barrier, their effects are
-combined and each shard gets its result. The driver knows no effect by name: a new one is a class with
-these methods.
+A step's shards run side by side from yield to yield. An effect is what they yield: each shard
+first does its own part in its own worker (`visit`), then, with all shards at the barrier, their
+effects are combined and each shard gets its result. The driver knows no effect by name: a new one
+is a class with these methods.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ Pull = Callable[[int, Sequence["Tensor | None"]], "list[Tensor | None]"]
 class ShardView(Protocol):
     """What an effect sees of one shard."""
 
-    index: int
-    samples: int
+    @property
+    def samples(self) -> int:
+        """Its samples; asked of the batch only when somebody wants to know."""
 
     def parameters(self, name: str) -> list[Parameter]:
         """The trainable parameters of a named optimizer."""
@@ -65,7 +66,7 @@ class Barrier(Protocol):
 
 
 class Effect(Generic[Result]):
-    """Something that a step yields. `x = yield from effect` is typed; `x = yield effect` is the same."""
+    """What a step yields; `x = yield from effect` is typed, `x = yield effect` does the same."""
 
     __slots__ = ()
 
@@ -73,7 +74,7 @@ class Effect(Generic[Result]):
         return cast(Result, (yield self))
 
     def agreement(self) -> Hashable:
-        """What all shards must agree on: shards whose agreements differ raise, listing each one's."""
+        """What all shards must agree on: where theirs differ, an error lists each one's."""
         return type(self).__name__
 
     def visit(self, shard: ShardView) -> None:
@@ -134,10 +135,12 @@ class Gather(Effect["tuple[Tensors, int]"], Generic[Tensors]):
             raise ValueError("Gather expects at least one tensor, got an empty tuple")
 
     def agreement(self) -> Hashable:
+        """Shapes but for the rows, and dtypes."""
         shapes = tuple((tuple(t.shape[1:]), t.dtype) for t in self.tensors)
         return ("Gather", self.single, shapes)
 
     def combine(self, barrier: Barrier, effects: Sequence[Gather[Any]]) -> list[Any]:
+        """Everything for everybody, as leaves whose gradients the barrier takes back."""
         if len(effects) == 1:  # everything is already here: no detour for the graph
             return [(self.tensors[0] if self.single else self.tensors, 0)]
         columns = list(zip(*(effect.tensors for effect in effects), strict=True))
@@ -218,10 +221,12 @@ class Once(Effect[Any]):
         self.rows = rows
 
     def agreement(self) -> Hashable:
+        """The function's name, and the tensors' shapes but for the rows."""
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         return ("Once", name, self.rows, tuple(tuple(t.shape[1:]) for t in self.tensors))
 
     def combine(self, barrier: Barrier, effects: Sequence[Once]) -> list[Any]:
+        """One call with everybody's rows."""
         columns = zip(*(effect.tensors for effect in effects), strict=True)
         # Detached copies where there is one shard as well: the function may keep or change them.
         gathered = [torch.cat([t.detach() for t in column]) for column in columns]
@@ -237,7 +242,7 @@ class Once(Effect[Any]):
         found = tree.batch_size(result)
         if found != sum(sizes):
             raise ValueError(
-                f"Once(..., rows=True) expects one row for each of the {sum(sizes)} rows handed in, "
+                f"Once(..., rows=True) expects a row for each of the {sum(sizes)} rows handed in, "
                 f"the function returned {found}"
             )
         return tree.cut(result, sizes)
@@ -255,9 +260,11 @@ class Reduce(Effect[Tensor]):
         self.loss = loss
 
     def agreement(self) -> Hashable:
+        """The number of terms."""
         return ("Reduce", len(self.loss.terms))
 
     def combine(self, barrier: Barrier, effects: Sequence[Reduce]) -> list[Tensor]:
+        """The sum of the totals over the sum of the weights, term by term."""
         columns = list(zip(*(effect.loss.terms for effect in effects), strict=True))
         samples = [shard.samples for shard in barrier.shards]
         fractions = [shares([term.weight for term in column], samples) for column in columns]

@@ -34,7 +34,7 @@ class Logs:
         self._finished: dict[str, float] = {}
         self._options: dict[str, LogOptions] = {}
 
-    # -- writing -----------------------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------
 
     def add(self, shards: Sequence[LoggingShard]) -> None:
         """Take what the shards of one step have logged."""
@@ -79,7 +79,7 @@ class Logs:
         if options.on_epoch:
             self._epochs.setdefault(name, _Running(options.on_step)).add(value)
 
-    # -- reading -----------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------
 
     def step_values(self) -> dict[str, float]:
         """The last value of everything logged per step, for loggers; waits for the device."""

@@ -8,7 +8,7 @@ over boxes, whatever the shards held of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Loss:
 
     def __iter__(self) -> Generator[Any, Any, Tensor]:
         """`x = yield from Mean(total, weight)`: reduced over all shards, differentiably."""
-        return (yield self)
+        return cast(Tensor, (yield self))
 
     def detach(self) -> Loss:
         """The same numbers without their graph."""
@@ -217,5 +217,7 @@ def describe(value: object) -> str:
     """A value in an error message: its type, and its shape or a short form of it."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
+    if value is None:
+        return "None"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,4 +1,4 @@
-"""`LoopModule`: what one training step means; and the one place that reads what a step hands over."""
+"""`LoopModule`: what one training step means; and how what a step hands over is read."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class LoopModule(nn.Module):
             if inspect.isgeneratorfunction(value) and name != "training_step":
                 setattr(cls, name, _helper(value))
 
-    # -- what a user writes ----------------------------------------------------------------------
+    # -- what a user writes --------------------------------------------------------------------
 
     # (*args, **kwargs) lets a type checker accept both forms of what overrides it.
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ class LoopModule(nn.Module):
         """Cut a batch into n parts (fewer where there are fewer samples); override as needed."""
         raise NotImplementedError
 
-    # -- what a step may use ---------------------------------------------------------------------
+    # -- what a step may use -------------------------------------------------------------------
 
     @property
     def random(self) -> SampleRandom:
@@ -216,7 +216,7 @@ class LoopModule(nn.Module):
             raise RuntimeError(f"{what} belongs in a step, which a Trainer runs: none is running")
         return context
 
-    # -- what Lightning needs for several optimizers, and what to write here ------------------------
+    # -- what Lightning needs for several optimizers, and what to write here -------------------
 
     def optimizers(self, *_: Any) -> Any:
         """Not needed: raises with what to write instead."""
@@ -238,7 +238,7 @@ class LoopModule(nn.Module):
 
     untoggle_optimizer = toggle_optimizer
 
-    # -- hooks, in the order in which they run ------------------------------------------------------
+    # -- hooks, in the order in which they run -------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Before anything else of a fit, parameters placed."""
@@ -296,6 +296,11 @@ class LoopModule(nn.Module):
                 "value of its own. Write `yield from Once(self.method, tensors)` and set it in the "
                 "method, which is called once; a value for this step alone is a local variable"
             )
+        if isinstance(value, (nn.Module, nn.Parameter)) and "_modules" not in state:
+            raise TypeError(
+                f"self.{name} = {type(value).__name__}(...) before super().__init__(): write that "
+                f"first in {type(self).__name__}.__init__"
+            )
         if name == "trainer" and "_modules" in state:
             state["trainer"] = value  # not a submodule, whatever it is
         elif name == "automatic_optimization":
@@ -308,13 +313,21 @@ class LoopModule(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if self.__dict__.get("_replica"):
+            raise RuntimeError(
+                f"del self.{name} in a step that runs in several shards would be lost with the "
+                "shard: write `yield from Once(self.method)` and delete it in the method"
+            )
+        super().__delattr__(name)
+
 
 @functools.lru_cache(maxsize=256)
 def _options(prog_bar: bool, logger: bool, on_step: bool, on_epoch: bool) -> LogOptions:
     return LogOptions(prog_bar, logger, on_step, on_epoch)
 
 
-# -- reading what a step hands over ------------------------------------------------------------------
+# -- reading what a step hands over ------------------------------------------------------------
 
 
 def as_effect(value: object, returned: bool) -> Effect[Any] | None:
@@ -341,9 +354,13 @@ def as_effect(value: object, returned: bool) -> Effect[Any] | None:
             f"training_step {verb} a generator, which does nothing by itself: "
             "write `yield from self.helper(...)`"
         )
-    hint = ": `yield from` a dict hands over its keys, write `yield`" * isinstance(value, str)
-    if isinstance(value, float):
+    hint = ""
+    if isinstance(value, str) and not returned:
+        hint = ": `yield from` a dict hands over its keys, write `yield`"
+    elif isinstance(value, float):
         hint = ": a Python number has no gradient, was .item() called on the loss?"
+    elif value is None:
+        hint = ": to skip a step, `return`"
     raise TypeError(
         f"training_step {verb} {describe(value)}, expected a loss (0-dim tensor, Mean, Sum), "
         f"{{name: loss}} or an effect (Update, Gather, Once, ...){hint}"

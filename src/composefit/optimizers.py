@@ -226,7 +226,7 @@ def read_optimizers(returned: object, module: nn.Module) -> dict[str, NamedOptim
     return named
 
 
-# -- the forms -----------------------------------------------------------------------------------
+# -- the forms ---------------------------------------------------------------------------------
 
 
 def _entries(returned: object) -> dict[str, object]:
@@ -346,7 +346,7 @@ def _paired(optimizers: Sequence[Optimizer], schedulers: Any) -> list[NamedOptim
     return found
 
 
-# -- what is refused -----------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------
 
 
 def _what(value: object) -> str:

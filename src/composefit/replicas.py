@@ -416,7 +416,7 @@ class Replica:
         self._refreshes += not within_step
         self._rebind.trim()
         for _ in range(_ATTEMPTS):
-            if self._read(within_step):
+            if self._twins and self._read(within_step):
                 return
             self._wire()
         raise RuntimeError(
@@ -458,12 +458,19 @@ class Replica:
 
     def _wire(self) -> None:
         """Walks the owner's tree, keeps the copies that exist and makes those that are missing."""
-        self._known, self._twins = self._twins, {}
+        self._known |= self._twins
+        self._twins = {}
         self._pending.clear()
         self._rebind.forget()
-        self._copy_of(self._owner)
-        for twin in self._pending:  # grows while modules are found
-            self._scan(twin)
+        try:
+            self._copy_of(self._owner)
+            for twin in self._pending:  # grows while modules are found
+                self._scan(twin)
+        except BaseException:
+            # Half a tree is none: the next refresh wires it again, with the same copies.
+            self._known |= self._twins
+            self._twins = {}
+            raise
         self._pending.clear()
         self._known = {}
         self._twins[id(self._owner)].extras = self._overrides
@@ -545,13 +552,14 @@ class Replica:
             if twin.growing:
                 self._scan_containers(twin)
             hooks = _hooks_of(attributes)
-            if any(hooks) or any(twin.hooks):
+            keep = within_step and bool(twin.copy.__dict__)
+            if (any(hooks) or any(twin.hooks)) and not keep:
                 for mine, found in zip(twin.hooks, hooks, strict=True):
                     mine.clear()
                     mine.update((key, self._rebind(hook)) for key, hook in found.items())
             if self._pending:
                 return False
-            if within_step and twin.copy.__dict__:
+            if keep:
                 _carry_over(twin, attributes)
             else:
                 state = attributes | twin.own

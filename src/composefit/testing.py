@@ -226,7 +226,7 @@ def assert_user_error(
             trainer.fit(module, [batch, bad_batch])
         except error as raised:
             fault: BaseException = raised
-        except BaseException as raised:
+        except Exception as raised:
             raise AssertionError(
                 f"expected {error.__name__} {under}, got {type(raised).__name__}: {raised}"
             ) from raised
@@ -353,7 +353,7 @@ class Recording(Strategy):
         return self.strategy.describe(samples)
 
 
-# -- training --------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------
 
 
 def _quiet(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -477,7 +477,7 @@ class _Tracing(Trainer):
         return driver
 
 
-# -- comparing -------------------------------------------------------------------------------------
+# -- comparing ---------------------------------------------------------------------------------
 
 
 def _name(strategy: Strategy) -> str:

@@ -116,7 +116,8 @@ class Trainer:
         self.gradient_clip_val = _positive("gradient_clip_val", gradient_clip_val)
         if gradient_clip_algorithm not in (None, "norm", "value"):
             raise ValueError(
-                f"gradient_clip_algorithm must be 'norm' or 'value', got {gradient_clip_algorithm!r}"
+                "gradient_clip_algorithm must be 'norm' or 'value', "
+                f"got {gradient_clip_algorithm!r}"
             )
         self.gradient_clip_algorithm: ClipAlgorithm = gradient_clip_algorithm or "norm"
         self.limit_train_batches = _limit("limit_train_batches", limit_train_batches)
@@ -127,15 +128,15 @@ class Trainer:
                 f"on_nonfinite must be 'raise', 'skip' or 'ignore', got {on_nonfinite!r}"
             )
         self.on_nonfinite = on_nonfinite
-        self.default_root_dir = Path(default_root_dir)
+        self.default_root_dir = _path("default_root_dir", default_root_dir)
         self.seed = _count("seed", seed, least=0, none=True)
-        self.deterministic = deterministic
+        self.deterministic = _flag("deterministic", deterministic)
         self.callbacks = _callbacks(callbacks)
-        if enable_model_summary:
+        if _flag("enable_model_summary", enable_model_summary):
             self.callbacks.append(ModelSummary())
-        if enable_progress_bar:
+        if _flag("enable_progress_bar", enable_progress_bar):
             self.callbacks.append(ProgressBar())
-        if enable_checkpointing:
+        if _flag("enable_checkpointing", enable_checkpointing):
             self.callbacks.append(LastCheckpoint())
         self.loggers = self._loggers(logger)
 
@@ -163,7 +164,7 @@ class Trainer:
         self._epoch_steps = 0
         self._samples_per_step: int | None = None
 
-    # -- what a user calls ---------------------------------------------------------------------------
+    # -- what a user calls ---------------------------------------------------------------------
 
     def fit(
         self,
@@ -256,7 +257,7 @@ class Trainer:
             self._write(self.logs.step_values())
         losses = driver.losses
         if len(self.optimizers) == 1:
-            return {"loss": loss for loss in losses.values()}
+            return {"loss": next(iter(losses.values()))} if losses else {}
         return losses
 
     def evaluate(self, module: LoopModule, batch: Any, batch_idx: int = 0) -> Any:
@@ -301,7 +302,7 @@ class Trainer:
         }
         checkpoint.save(path, state)
 
-    # -- what loops and callbacks read ---------------------------------------------------------------
+    # -- what loops and callbacks read ---------------------------------------------------------
 
     @property
     def current_epoch(self) -> int:
@@ -337,10 +338,10 @@ class Trainer:
             return None
         return self.strategy.describe(samples)
 
-    # -- what loops call -----------------------------------------------------------------------------
+    # -- what loops call -----------------------------------------------------------------------
 
     def end_epoch(self) -> None:
-        """The end of a training epoch: means, schedulers that count epochs, and what went unused."""
+        """The end of a training epoch: means, schedulers by epoch, and what went unused."""
         self._epoch_values = self.logs.end_epoch()
         stepper = self._stepper
         assert stepper is not None
@@ -349,7 +350,8 @@ class Trainer:
         if self._epoch_steps and not any(done.values()):
             warnings.warn(
                 f"none of the {self._epoch_steps} steps of epoch {self.current_epoch} updated "
-                "anything: training_step returned None, or ended without a yield, each time",
+                "anything: training_step returned None, or ended without a yield, each time"
+                + _left_out(stepper.left_out.total()),
                 stacklevel=2,
             )
         elif self._epoch_steps:
@@ -357,10 +359,11 @@ class Trainer:
                 if not count:
                     warnings.warn(
                         f"optimizer {name!r} was never updated in epoch {self.current_epoch}: no "
-                        f"step yielded {{{name!r}: loss}}",
+                        f"step yielded {{{name!r}: loss}}" + _left_out(stepper.left_out[name]),
                         stacklevel=2,
                     )
         self._epoch_steps = 0
+        stepper.left_out.clear()
         for one in self.optimizers.values():
             for schedule in one.schedulers:
                 if schedule.interval == "epoch" and schedule.due(self.current_epoch + 1):
@@ -381,7 +384,7 @@ class Trainer:
         """Hand the epoch's means to the loggers."""
         self._write(self._epoch_values | self.logs.end_epoch())
 
-    # -- building ------------------------------------------------------------------------------------
+    # -- building ------------------------------------------------------------------------------
 
     def _loggers(self, logger: bool | Logger | Sequence[Logger] | None) -> list[Logger]:
         if logger is True:
@@ -493,7 +496,7 @@ class Trainer:
         self.num_val_batches = _limited(batches, self.limit_val_batches)
         return EvaluateLoop(self, module, batches, self.num_val_batches)
 
-    # -- counting and logging ------------------------------------------------------------------------
+    # -- counting and logging ------------------------------------------------------------------
 
     def _fresh_logs(self) -> None:
         self.logs = self._current_logs = Logs()
@@ -552,6 +555,10 @@ class Trainer:
         warnings.warn(message, stacklevel=2)
 
 
+def _left_out(count: int) -> str:
+    return f", or its gradients were not finite ({count} times)" if count else ""
+
+
 _EXAMPLES = {
     "training_step": """    def training_step(self, batch):
         x, y = batch
@@ -567,7 +574,7 @@ _EXAMPLES = {
 }
 
 
-# -- reading arguments -------------------------------------------------------------------------------
+# -- reading arguments -------------------------------------------------------------------------
 
 
 def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
@@ -598,13 +605,26 @@ def _positive(name: str, value: Any) -> float | None:
     return float(value)
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _path(name: str, value: Any) -> Path:
+    if not isinstance(value, (str, Path)):
+        raise TypeError(f"{name} must be a path, got {value!r}")
+    return Path(value)
+
+
 def _limit(name: str, value: Any) -> int | float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of batches or a fraction, got {value!r}")
     if isinstance(value, int) and value < 1:
-        raise ValueError(f"{name} must be at least 1 batch, got {value}")
+        none = "; for no validation leave val_dataloaders out" if name == "limit_val_batches" else ""
+        raise ValueError(f"{name} must be at least 1 batch, got {value}{none}")
     if isinstance(value, float) and not 0.0 < value <= 1.0:
         raise ValueError(f"{name} as a fraction must be above 0 and at most 1.0, got {value}")
     return value
@@ -625,7 +645,7 @@ def _limited(batches: Batches, limit: int | float | None) -> float:
     return max(1, int(available * limit))
 
 
-def _callbacks(given: Callback | Sequence[Callback] | None) -> list[Callback]:
+def _callbacks(given: object) -> list[Callback]:
     if given is None:
         return []
     found = [given] if isinstance(given, Callback) else given

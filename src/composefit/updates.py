@@ -53,9 +53,11 @@ class Update(Effect["dict[str, Tensor]"]):
         self.retain_graph = retain_graph
 
     def agreement(self) -> Hashable:
+        """The names, in their order."""
         return ("Update", tuple(self.losses), self.retain_graph)
 
     def visit(self, shard: ShardView) -> None:
+        """Take this shard's gradients."""
         last = len(self.losses) - 1
         for i, (name, loss) in enumerate(self.losses.items()):
             # Losses of one update often share a graph: it must live until the last of them.
@@ -65,6 +67,7 @@ class Update(Effect["dict[str, Tensor]"]):
             self.losses[name] = loss.detach()
 
     def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
+        """Step with the total gradients."""
         return [barrier.update(_columns(effects))] * len(effects)
 
     def __repr__(self) -> str:
@@ -77,6 +80,7 @@ class OnlyUpdate(Update):
     __slots__ = ()
 
     def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
+        """As `Update`, with the loss by itself."""
         (reduced,) = barrier.update(_columns(effects)).values()
         return [reduced] * len(effects)
 
@@ -85,7 +89,7 @@ class OnlyUpdate(Update):
 
 
 def _columns(effects: Sequence[Update]) -> dict[str, list[Tensor | Loss]]:
-    """name -> its loss in each shard."""
+    """Name -> its loss in each shard."""
     return {name: [effect.losses[name] for effect in effects] for name in effects[0].losses}
 
 
@@ -101,10 +105,12 @@ class Gradient(Effect["dict[str, list[Tensor | None]]"]):
         self.parameters = parameters
 
     def visit(self, shard: ShardView) -> None:
+        """Take this shard's gradients."""
         shard.take("loss", self.loss, self.parameters, retain_graph=False)
         self.loss = self.loss.detach()
 
     def combine(self, barrier: Barrier, effects: Sequence[Gradient]) -> list[Any]:
+        """The reduced loss and gradients."""
         loss = barrier.reduce([effect.loss for effect in effects])
         return [(loss, barrier.gradients("loss"))] * len(effects)
 

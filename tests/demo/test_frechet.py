@@ -46,6 +46,13 @@ def test_holds_with_fewer_vectors_than_features() -> None:
     assert frechet_distance(a, b) == pytest.approx(8, rel=1e-10)
 
 
+def test_rounding_below_zero_makes_no_nan() -> None:
+    # Three vectors span two of six directions: the others' variances are zero, give or take.
+    for _ in range(20):
+        a = torch.randn(3, 6)
+        assert frechet_distance(a, a + 1) == pytest.approx(6, rel=1e-5)
+
+
 def test_a_constant_feature_does_no_harm() -> None:
     a = torch.randn(30, 3)
     a[:, 1] = 0

@@ -44,14 +44,14 @@ def new(kind: type[GAN] = SGDGAN) -> GAN:
     return kind(width=4).double()
 
 
-STRATEGIES: list[Callable[[], Strategy]] = [
-    lambda: SingleDevice(shards=3),
-    lambda: ThreadDataParallel(2),
-    lambda: ThreadDataParallel(3),
-]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(lambda: SingleDevice(shards=3), id="3 shards"),
+        pytest.param(lambda: ThreadDataParallel(2), id="2 threads"),
+        pytest.param(lambda: ThreadDataParallel(3), id="3 threads"),
+    ],
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gan_ends_at_the_same_weights_under_every_strategy(
     strategy: Callable[[], Strategy], accumulate: int

@@ -189,7 +189,7 @@ def _returns_with_a_variable(self: Any, x: Tensor) -> Any:
     self.alive[0].look()
     h = self.alive[0].forward(self.net, x)
     loss = h.mean()
-    return {"loss": loss, "h": h}
+    return {"loss": loss}
 
 
 def _yields(self: Any, x: Tensor) -> Any:

@@ -154,7 +154,7 @@ class DataParallel(nn.Module):
         """Stop the threads. A later call or backward starts them again."""
         self._pool.close()
 
-    # -- transparency ------------------------------------------------------------------------------
+    # -- transparency --------------------------------------------------------------------------
 
     def _name(self) -> str:
         return f"DataParallel({type(self.module).__name__})"

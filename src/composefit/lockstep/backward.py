@@ -1,8 +1,8 @@
 """Gradients of all shards together: weighed, added up over time in each lane, then over the lanes.
 
 A shard's gradient is taken as soon as it yields, so that its graph is gone before the next shard in
-time runs. Its weight must then be known: that of a sample mean is, since the cut is; that of a `Mean`
-is not, so it gets a backward of its own, whose sum is divided once all weights are there. After a
+time runs. Its weight must then be known: that of a sample mean is, since the cut is; that of a
+`Mean` is not, so it gets a backward of its own, whose sum is divided once all weights are there. After a
 `Gather` gradients need every shard, and all are taken at the barrier.
 """
 
@@ -84,7 +84,7 @@ class Backward:
         self.waiting.clear()
         self.crossings.clear()
 
-    # -- at the yield, in the shard's worker -------------------------------------------------------
+    # -- at the yield, in the shard's worker ---------------------------------------------------
 
     def take(
         self,
@@ -180,7 +180,7 @@ class Backward:
         else:
             gradients.add_(total, found, parameters)
 
-    # -- at the barrier, in the calling thread -----------------------------------------------------
+    # -- at the barrier, in the calling thread -------------------------------------------------
 
     def take_waiting(
         self, key: str, places: Sequence[Place], each: Callable[[Callable[[int], None]], None]
@@ -237,9 +237,9 @@ class Backward:
 
     def reduce(self, losses: Sequence[Loss | Tensor]) -> Tensor:
         """The loss over all shards, detached."""
-        if len(losses) == 1 and isinstance(losses[0], Tensor):
-            (loss,) = losses
-            return loss.detach() if loss.requires_grad else loss
+        first = losses[0]
+        if len(losses) == 1 and isinstance(first, Tensor):
+            return first.detach() if first.requires_grad else first
         columns = [as_loss(loss, "the loss").terms for loss in losses]
         with torch.no_grad():
             by_term = list(zip(*columns, strict=True))

@@ -2,8 +2,8 @@
 
 Forward, each shard got leaves made of every shard's sources. Backward, a loss has gradients with
 respect to the leaves of its own shard; those of all shards are added up and go to each shard's
-sources as cotangents, last exchange first. Then one walk per shard, with the loss and the sources as
-outputs, gives the parameters' gradients.
+sources as cotangents, last exchange first. Then one walk per shard, with the loss and the sources
+as outputs, gives the parameters' gradients.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ step(batches):
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
@@ -28,10 +29,11 @@ from composefit.lockstep import guards
 from composefit.lockstep.backward import Backward
 from composefit.lockstep.crossings import Crossing
 from composefit.lockstep.gradients import Gradients
+from composefit.lockstep.guards import Place
 from composefit.lockstep.scatter import Part, batch_size, scatter
-from composefit.lockstep.shard import Place, Shard, shard_note
+from composefit.lockstep.shard import Shard, shard_note
 from composefit.lockstep.stepper import Stepper
-from composefit.losses import Loss
+from composefit.losses import Loss, as_loss
 from composefit.module import ONLY, Context, LoopModule, offered, unknown_optimizer
 from composefit.precision import Precision
 from composefit.random import (
@@ -141,6 +143,9 @@ class Lockstep:
         self.history: list[tuple[str, Place]] = []
         self.losses: dict[str, Tensor] = {}
         self.shards: list[Shard] = []
+        self._failed: list[tuple[Shard, BaseException]] = []
+        self._first = True  # no step of several shards was done yet
+        self._foreign_means: list[str] = []
         self._is_loop = isinstance(module, LoopModule)
         self._alone = self._shard(0, alone=True)
         self._many: list[Shard] = []
@@ -162,13 +167,14 @@ class Lockstep:
         self._streams_open = False
 
     def _shard(self, index: int, alone: bool) -> Shard:
-        context = Context(SampleRandom(self.seed))
+        random = SampleRandom(self.seed)
+        context = Context(random)
         context.training = self.body.training
         if alone:
-            return Shard(self, index, self.owner, None, context, None)
+            return Shard(self, index, self.owner, None, context, random, None)
         own = {"_context": context, "_replica": True} if self._is_loop else None
         replica = Replica(self.owner, own)
-        return Shard(self, index, replica.module, replica, context, Stream())
+        return Shard(self, index, replica.module, replica, context, random, Stream())
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -183,7 +189,7 @@ class Lockstep:
                 self._open = None
                 self._streams_open = False
 
-    # -- a step --------------------------------------------------------------------------------------
+    # -- a step --------------------------------------------------------------------------------
 
     def step(self, batches: Sequence[Any], batch_idx: int, number: int) -> list[Shard]:
         """Run one step over these loader batches.
@@ -223,9 +229,9 @@ class Lockstep:
                     break
             if not alone:
                 self._merge()
+                self._first = False
         except BaseException as error:
-            if self.shards and not getattr(error, "__notes__", None):
-                error.add_note(self._note(self.shards[0]))
+            self._surface(error)
             raise
         finally:
             self._end()
@@ -240,10 +246,15 @@ class Lockstep:
         self.shards = []
         self.losses = {}
         self.history.clear()
+        self._failed.clear()
         parts: list[Part] = []
         for i, batch in enumerate(batches, start=batch_idx):
-            batch = move(batch, self.device, self.precision.dtype)
-            parts += scatter(self.owner, batch, i, self.lanes.lanes, self.microbatch)
+            try:
+                batch = move(batch, self.device, self.precision.dtype)
+                parts += scatter(self.owner, batch, i, self.lanes.lanes, self.microbatch)
+            except Exception as error:
+                error.add_note(f"step {number}, batch {i}, while it was moved and cut into shards")
+                raise
         if len(parts) == 1:
             self._begin_alone(parts[0])
         else:
@@ -254,7 +265,7 @@ class Lockstep:
         self.shards = [shard]
         shard.begin(0, part.batch, part.batch_idx, part.samples)
         shard.context.logs = {}
-        shard.context.random.begin(self.number, 0, None, None, self.dtype, self.device)
+        shard.random.begin(self.number, 0, None, None, self.dtype, self.device)
         if self._is_loop:
             state = self.owner.__dict__
             self._outer_context = state["_context"]
@@ -285,9 +296,7 @@ class Lockstep:
             assert shard.replica is not None
             shard.replica.refresh()
             shard.context.logs = {}
-            shard.context.random.begin(
-                self.number, start, start + size, world, self.dtype, self.device
-            )
+            shard.random.begin(self.number, start, start + size, world, self.dtype, self.device)
             assert isinstance(shard.draws, Stream)
             shard.draws.seed(hash_key(self._key + self.number, shard.index))
             start += size
@@ -313,15 +322,41 @@ class Lockstep:
             ):
                 generator.set_state(state)
             self._default_states.clear()
-            shards[0].close()
-        elif shards:
-            self._each(Shard.close)
+        for shard in shards:
+            shard.close()
         self._once = None
+        self._failed.clear()
         self._lists.clear()
         self.backward.end()
         self.stale.stepped.clear()
 
-    # -- shards --------------------------------------------------------------------------------------
+    def _surface(self, error: BaseException) -> None:
+        """What an error needs to speak for itself: the user's line in its traceback, and notes."""
+        shards = self.shards
+        if not shards:
+            return
+        failed = self._failed or [(shards[0], error)]
+        note = shard_note(failed[0][0], self.number, self.stepper.updates if self.stepper else {})
+        if not self._failed and isinstance(error, Exception):  # raised at the barrier
+            with suppress(Exception):
+                shards[0].blame(error)
+        error.add_note(note)
+        for hint in guards.hints(error, [shard.known_samples for shard in shards]):
+            error.add_note(hint)
+        for text, others in _by_text(failed[1:]).items():
+            names = " and ".join(map(str, others))
+            what = "the same" if text == repr(error) else text
+            error.add_note(f"shard{'s' * (len(others) > 1)} {names} raised {what} as well")
+        if len(shards) == 1:
+            shards[0].close()
+        elif any(shard.generator is not None for shard in shards):
+            self._each(Shard.close)
+        for shard in shards:
+            if shard.error is not None:
+                error.add_note(f"closing shard {shard.index} raised {shard.error!r}")
+                shard.error = None
+
+    # -- shards --------------------------------------------------------------------------------
 
     def each(self, function: Callable[[Shard], None]) -> None:
         """Run a function for every shard in its worker; raise the first shard's error."""
@@ -331,14 +366,11 @@ class Lockstep:
             return
         # Ctrl-C and the like before errors: they were meant for everybody.
         failed.sort(key=lambda shard: isinstance(shard.error, Exception))
-        first, *others = failed
-        error, first.error = first.error, None
-        assert error is not None
-        error.add_note(self._note(first))
-        for other in others:
-            error.add_note(f"shard {other.index} raised {other.error!r} as well")
-            other.error = None
-        raise error
+        for shard in failed:
+            error, shard.error = shard.error, None
+            assert error is not None
+            self._failed.append((shard, error))
+        raise self._failed[0][1]
 
     def _each(self, function: Callable[[Shard], None]) -> None:
         lanes: dict[int, list[Shard]] = {}
@@ -359,6 +391,7 @@ class Lockstep:
                     function(shard)
                 except BaseException as error:
                     shard.error = error
+                    shard.thread = threading.current_thread().name
                     break
 
     @contextmanager
@@ -393,7 +426,23 @@ class Lockstep:
                 "self.random.shared, the same for all shards"
             )
         self._check_buffers()
+        if self._foreign_means:
+            self._warn_of_foreign_mean(self._foreign_means[0])
+            self._foreign_means.clear()
+            self._first = False
         return effect
+
+    def _warn_of_foreign_mean(self, what: str) -> None:
+        code, line = self.shards[0].place()
+        warnings.warn_explicit(
+            f"a loss is a mean over {what}, not over samples: with {len(self.shards)} shards the "
+            "step's loss is then not the batch's, since each shard divides by a number of its own. "
+            "Write Mean.of(loss, weight), with the shard's weight of all targets that count, such "
+            "as (target != ignore_index).sum() or class_weights[target].sum()",
+            UserWarning,
+            code.co_filename if code is not None else "<unknown>",
+            line or (code.co_firstlineno if code is not None else 0),
+        )
 
     def _disagreement(self) -> RuntimeError:
         lines = []
@@ -429,10 +478,7 @@ class Lockstep:
         if replicas:
             merge(self.owner, replicas, [float(shard.samples) for shard in self.shards])
 
-    def _note(self, shard: Shard) -> str:
-        return shard_note(shard, self.number, self.stepper.updates if self.stepper else {})
-
-    # -- what a shard needs --------------------------------------------------------------------------
+    # -- what a shard needs --------------------------------------------------------------------
 
     def batch_size(self, batch: Any) -> int:
         """The samples of a batch, as the module counts them."""
@@ -447,6 +493,8 @@ class Lockstep:
         if not isinstance(effect, Update):
             return
         losses = effect.losses
+        if self._first and len(self.shards) > 1:
+            self._look_for_foreign_means(losses)
         if self.stepper is None:
             raise TypeError(
                 f"{self.body.name} yields an update, but nothing is trained here: log the loss"
@@ -459,6 +507,14 @@ class Lockstep:
         for name in losses:
             if name not in optimizers:
                 raise unknown_optimizer(name, list(optimizers))
+
+    def _look_for_foreign_means(self, losses: dict[str, Tensor | Loss]) -> None:
+        for loss in losses.values():
+            terms = loss.terms if isinstance(loss, Loss) else as_loss(loss, "the loss").terms
+            for term in terms:
+                found = guards.foreign_mean(term.total) if term.weight is None else None
+                if found is not None:
+                    self._foreign_means.append(found)
 
     def parameters(self, name: str) -> list[Parameter]:
         """The trainable parameters of a named optimizer, read anew in each step."""
@@ -477,7 +533,7 @@ class Lockstep:
             return None
         return self.stepper.scales[key].value
 
-    # -- what an effect may do at the barrier --------------------------------------------------------
+    # -- what an effect may do at the barrier --------------------------------------------------
 
     def cross(self, sources: list[list[Tensor]], leaves: list[list[Tensor]], pull: Pull) -> None:
         """Let gradients flow from all shards' leaves to every shard's sources."""
@@ -501,7 +557,7 @@ class Lockstep:
                 if gradient is not None:
                     break
             else:
-                self.shards[0].blame(_no_path(name, self.body.name))
+                raise _no_path(name, self.body.name)
         if self.stepper.update(totals, reduced, self.number):
             place = self.shards[0].place()
             for name, (parameters, _) in totals.items():
@@ -534,11 +590,9 @@ class Lockstep:
     def _owner_context(self) -> Context:
         """Logs and draws of the functions that run once, the same for every strategy."""
         if self._once is None:
-            self._once = Context(
-                SampleRandom(hash_key(self.seed, _ONCE)),
-                lambda: sum(shard.samples for shard in self.shards),
-            )
-            self._once.random.begin(self.number, 0, None, None, self.dtype, self.device)
+            random = SampleRandom(hash_key(self.seed, _ONCE))
+            random.begin(self.number, 0, None, None, self.dtype, self.device)
+            self._once = Context(random, lambda: sum(shard.samples for shard in self.shards))
             self._once.training = self.body.training
             self._once_stream.seed(hash_key(self.seed, _ONCE, self.number))
             self._once.logs = self.shards[0].context.logs  # it counts once: for the first shard
@@ -554,7 +608,10 @@ class Lockstep:
             try:
                 function(shard.index)
             except RuntimeError as error:
-                raise guards.explain(error, "the loss", self.history) from error
+                explained = guards.explain(error, "the loss", self.history)
+                if explained is not error:
+                    explained.__cause__ = error
+                shard.blame(explained)
 
         self.each(visit)
 
@@ -564,6 +621,14 @@ def _advance(shard: Shard) -> None:
         shard.advance()
     else:
         shard.effect = None
+
+
+def _by_text(failed: Sequence[tuple[Shard, BaseException]]) -> dict[str, list[int]]:
+    """The shards that raised each error, by its text."""
+    found: dict[str, list[int]] = {}
+    for shard, error in failed:
+        found.setdefault(repr(error), []).append(shard.index)
+    return found
 
 
 def _refuse_hooks(parameters: Sequence[Parameter], name: str) -> None:

@@ -73,7 +73,7 @@ class Ambient:
     """
 
     def __init__(self, device_type: str) -> None:
-        self.function_modes = _get_current_function_mode_stack()
+        self.function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
         self.dispatch_modes = _get_current_dispatch_mode_stack()
         self.autocast: tuple[str, torch.dtype] | None = None
         if torch.is_autocast_enabled(device_type):
@@ -94,6 +94,7 @@ class Ambient:
 
 
 _STALE = re.compile("modified by an inplace operation")
+_ONE_SAMPLE = re.compile("Expected more than 1 (value per channel|spatial element) when training")
 _FREED = re.compile("backward through the graph a second time|saved tensors after they have")
 
 
@@ -109,9 +110,7 @@ def in_words(place: Place) -> str:
     return f"{code.co_filename}:{line or code.co_firstlineno}"
 
 
-def explain(
-    error: RuntimeError, name: str, updates: Sequence[tuple[str, Place]]
-) -> RuntimeError:
+def explain(error: RuntimeError, name: str, updates: Sequence[tuple[str, Place]]) -> RuntimeError:
     """Autograd's two errors in the words of a step, with the yields at fault.
 
     Args:
@@ -135,6 +134,53 @@ def explain(
     return error
 
 
+def foreign_mean(loss: Tensor) -> str | None:
+    """What a loss averages over where that is not its samples; None where nothing shows it.
+
+    Looks for `cross_entropy` and `nll_loss` with class weights or ignored targets in the graph:
+    their mean divides by the sum of the weights of the targets that count. Costs a walk over the
+    graph, and waits for the device.
+
+    Args:
+        loss: a 0-dim tensor, its graph not yet used up.
+    """
+    waiting = [loss.grad_fn]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(after for after, _ in node.next_functions)
+        if node.name() in _NLL and node._saved_reduction == _MEAN:  # type: ignore[attr-defined]
+            if node._saved_weight is not None:  # type: ignore[attr-defined]
+                return "class weights (weight=...)"
+            counted = node._saved_total_weight.item()  # type: ignore[attr-defined]
+            targets = node._saved_target.numel()  # type: ignore[attr-defined]
+            if counted != targets:
+                return f"the {counted:.0f} of {targets} targets that are not ignored (ignore_index)"
+    return None
+
+
+_NLL = {"NllLossBackward0", "NllLoss2DBackward0"}
+_MEAN = 1  # what F.cross_entropy's reduction="mean" is to the kernel
+
+
+def hints(error: BaseException, samples: Sequence[int | None]) -> Iterator[str]:
+    """What to do about errors of torch's that come of cutting a batch.
+
+    Args:
+        error: what was raised in a shard.
+        samples: of the step's shards, where they are known.
+    """
+    if 1 in samples and len(samples) > 1 and _ONE_SAMPLE.search(str(error)):
+        yield (
+            "a shard of this step holds a single sample, which BatchNorm cannot train on: set "
+            "samples_per_group = 2 on the module, so that no shard gets less (and drop_last=True "
+            "on the loader, where its last batch may hold one sample)"
+        )
+
+
 class StaleGraphError(RuntimeError):
     """A graph was built before an update of weights that it goes through."""
 
@@ -147,7 +193,7 @@ class StaleWeights:
     """
 
     def __init__(self) -> None:
-        self.stepped: list[list[Tensor]] = []  # parameters, update by update, of this step
+        self.stepped: list[Sequence[Tensor]] = []  # parameters, update by update, of this step
 
     def forward(self) -> int:
         """Called when a checkpointed forward starts: the number of updates so far."""
@@ -188,7 +234,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 @contextmanager
 def no_parametrization_cache() -> Iterator[None]:
-    """Refuse `parametrize.cached()` while shards run in threads: its cache is one for all threads."""
+    """Refuse `parametrize.cached()` while shards run in threads: its cache is one for all."""
 
     class Refusing(dict[Any, Any]):
         def get(self, key: Any, default: Any = None) -> Any:

@@ -26,8 +26,8 @@ def batch_size(module: nn.Module, batch: Any) -> int:
     Raises:
         ValueError: the batch is empty, or its leaves disagree (see `composefit.tree.batch_size`).
     """
-    if type(module).batch_size is not LoopModule.batch_size if _is_loop(module) else False:
-        size = module.batch_size(batch)  # type: ignore[operator]
+    if isinstance(module, LoopModule) and type(module).batch_size is not LoopModule.batch_size:
+        size = module.batch_size(batch)
     elif isinstance(batch, LoaderBatches):
         size = batch_size(module, next(iter(batch.values())))
     else:
@@ -60,13 +60,14 @@ def scatter(
     sizes = [size for lane in by_lane for size in lane]
     if len(sizes) == 1:
         return [Part(0, batch, batch_idx, samples)]
-    if _is_loop(module) and type(module).scatter_batch is not LoopModule.scatter_batch:
-        parts = list(module.scatter_batch(batch, len(sizes)))  # type: ignore[operator]
+    own_way = type(module).scatter_batch if isinstance(module, LoopModule) else None
+    if isinstance(module, LoopModule) and own_way is not LoopModule.scatter_batch:
+        parts = list(module.scatter_batch(batch, len(sizes)))
         sizes = [batch_size(module, part) for part in parts]
         if sum(sizes) != samples:
             raise ValueError(
-                f"scatter_batch(batch, n) must return parts that hold the batch's {samples} samples "
-                f"together, got parts of {sizes}"
+                f"scatter_batch(batch, n) must return parts that hold the batch's {samples} "
+                f"samples together, got parts of {sizes}"
             )
         lane_of = _lanes_of(len(parts), by_lane)
     else:
@@ -76,10 +77,6 @@ def scatter(
         Part(lane, part, batch_idx, size)
         for lane, part, size in zip(lane_of, parts, sizes, strict=True)
     ]
-
-
-def _is_loop(module: nn.Module) -> bool:
-    return isinstance(module, LoopModule)
 
 
 def _lanes_of(count: int, by_lane: list[list[int]]) -> list[int]:

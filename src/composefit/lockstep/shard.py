@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import AbstractContextManager
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from composefit.lockstep import guards
 from composefit.lockstep.guards import Place
 from composefit.losses import Loss
 from composefit.module import Context, Helper, as_effect, dropped_helper
+from composefit.random import SampleRandom
 from composefit.replicas import Replica
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Shard:
         module: nn.Module,
         replica: Replica | None,
         context: Context,
+        random: SampleRandom,
         draws: AbstractContextManager[object] | None,
     ) -> None:
         self.lock = lock
@@ -53,6 +54,7 @@ class Shard:
         self.replica = replica
         self.context = context
         context.samples = lambda: self.samples
+        self.random = random
         self.draws = draws
         self.lane = 0
         self.begin(0, None, 0, None)
@@ -69,6 +71,7 @@ class Shard:
         self.output: Any = None
         self.effect: Effect[Any] | None = None
         self.error: BaseException | None = None
+        self.thread = "MainThread"
 
     @property
     def samples(self) -> int:
@@ -81,13 +84,14 @@ class Shard:
         """The owner's module (a metric, say) or method for one of this shard's replica."""
         return part if self.replica is None else self.replica.owner_of(part)
 
-    # -- running the user's code -------------------------------------------------------------------
+    # -- running the user's code ---------------------------------------------------------------
 
     def advance(self) -> None:
         """Resume the step to its next effect, and do the shard's own part of that effect."""
         lock = self.lock
         training = lock.body.training
         returned = False
+        dropped_helper()  # one that an earlier fault left behind is none of this step's
         # Entered by hand: most steps need neither, and an idle `with` costs a microsecond.
         draws, autocast = self.draws, lock.autocast()
         if draws is not None:
@@ -115,12 +119,15 @@ class Shard:
                         returned = True
             except StopIteration as stop:
                 if self.generator is None:
-                    raise RuntimeError(
-                        f"{lock.body.name} raised StopIteration (a next() on an iterator that is at "
-                        "its end?): that would end training in silence"
-                    ) from stop
+                    raise _stray(lock.body.name, stop) from stop
                 returned = True
                 value = stop.value
+            except RuntimeError as error:
+                # What Python makes of a StopIteration within a generator.
+                stray = error.__cause__
+                if isinstance(stray, StopIteration) and self.generator is not None:
+                    raise _stray(lock.body.name, stray) from stray
+                raise
             self.result = None
             after = lock.modes()
             if after != before:
@@ -138,12 +145,12 @@ class Shard:
                     f"`yield from self.{helper.rpartition('.')[2]}(...)`"
                 )
             )
-        self.effect = None
         try:
             if returned:
                 self.done = True
                 self.generator = None
                 if not training:
+                    self.effect = None
                     self.output = value
                     return
             effect = self.effect = as_effect(value, returned)
@@ -165,13 +172,19 @@ class Shard:
         raise error
 
     def close(self) -> None:
-        """End the step's code, in its own worker, so that its `with` and `finally` blocks run."""
+        """End the step's code, in its own worker, so that its `with` and `finally` blocks run.
+
+        What they raise is kept in `error`: it must not hide the fault that ended the step.
+        """
         self.effect = self.result = None
         self.batch = None
         if self.generator is not None:
             generator, self.generator = self.generator, None
             torch._C._set_grad_enabled(self.lock.body.training)
-            generator.close()
+            try:
+                generator.close()
+            except BaseException as error:
+                self.error = error
 
     def place(self) -> Place:
         """Where in the user's code it stands: the code and line of its yield."""
@@ -190,7 +203,7 @@ class Shard:
         """The same in words."""
         return guards.in_words(self.place())
 
-    # -- gradients -----------------------------------------------------------------------------------
+    # -- gradients -----------------------------------------------------------------------------
 
     def parameters(self, name: str) -> list[Parameter]:
         """The trainable parameters of a named optimizer."""
@@ -211,9 +224,23 @@ class Shard:
 
 def shard_note(shard: Shard, step: int, updates: dict[str, int]) -> str:
     """The note on an error: where it happened and what was done before."""
-    effect = f", at its effect {shard.effect!r}" if shard.effect is not None else ""
+    effect = ""
+    if shard.effect is not None:
+        effect = f", last effect {shard.effect!r}"
+    elif shard.lock.body.training and not shard.done:
+        effect = ", before its first effect"
     done = ", ".join(f"{name}: {n}" for name, n in updates.items()) or "none"
     return (
-        f"shard {shard.index} (lane {shard.lane}, thread {threading.current_thread().name}), "
-        f"step {step}, batch {shard.batch_idx}{effect}; updates done before it: {done}"
+        f"shard {shard.index} (lane {shard.lane}, thread {shard.thread}), step {step}, "
+        f"batch {shard.batch_idx}{effect}, in {shard.lock.body.name} ({shard.where()}); "
+        f"updates done before it: {done}"
     )
+
+
+def _stray(name: str, stop: StopIteration) -> RuntimeError:
+    """The error for a StopIteration of the user's code, at the user's line."""
+    error = RuntimeError(
+        f"{name} raised StopIteration (a next() on an iterator that is at its end?), which would "
+        "end training in silence: write next(iterator, default), or catch it"
+    )
+    return error.with_traceback(stop.__traceback__)

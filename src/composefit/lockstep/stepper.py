@@ -6,6 +6,7 @@ Every gradient of a simultaneous update is checked before any optimizer steps.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
@@ -57,7 +58,7 @@ class Stepper:
 
     Attributes:
         updates: name -> how often it was updated.
-        skipped: whether the last update was skipped.
+        left_out: name -> how many of its updates were not finite and left out.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Stepper:
         self.hooks = hooks or NoHooks()
         self.on_nonfinite = on_nonfinite
         self.updates = dict.fromkeys(self.optimizers, 0)
+        self.left_out: Counter[str] = Counter()
         self.on_cpu = device.type == "cpu"
         self.one = torch.ones((), device=device)
         self.found = torch.zeros((), device=device)
@@ -97,8 +99,10 @@ class Stepper:
         """
         if self.scales:
             if not self._unscale(totals):
+                self.left_out.update(totals.keys())
                 return False
         elif self.on_nonfinite != "ignore" and not self._finite(totals, losses, step):
+            self.left_out.update(totals.keys())
             return False
         for name, (parameters, found) in totals.items():
             self._apply(name, parameters, found)
@@ -125,7 +129,7 @@ class Stepper:
         self.updates[name] += 1
         self.hooks.after_optimizer_step(optimizer, name)
 
-    # -- finite? ---------------------------------------------------------------------------------
+    # -- finite? -------------------------------------------------------------------------------
 
     def _finite(
         self,
@@ -183,15 +187,17 @@ class Stepper:
             for p, g in zip(parameters, found, strict=True)
             if g is not None and not all(torch.isfinite(v).all() for v in gradients.values([g]))
         ]
-        where = f"the gradient of {bad[0]} ({len(bad)} of {len(parameters)} parameters)"
+        first = ""
+        if bad:
+            share = f"{len(bad)} of {len(parameters)} parameters"
+            first = f", first in the gradient of {bad[0]} ({share})"
         return FloatingPointError(
-            f"the update of {name!r} in step {step} is not finite: loss {loss.item():.4g}"
-            + (f", first in {where}" if bad else "")
-            + ". No weight was changed. Lower the learning rate, clip (gradient_clip_val=...), look "
-            'for log(0) or a division by zero; Trainer(on_nonfinite="skip") leaves such updates out'
+            f"the update of {name!r} in step {step} is not finite: loss {loss.item():.4g}{first}. "
+            "No weight was changed. Lower the learning rate, clip (gradient_clip_val=...), look for "
+            'log(0) or a division by zero; Trainer(on_nonfinite="skip") leaves such updates out'
         )
 
-    # -- fp16 ------------------------------------------------------------------------------------
+    # -- fp16 ----------------------------------------------------------------------------------
 
     def _unscale(self, totals: dict[str, tuple[list[Parameter], Gradients]]) -> bool:
         """Divide by the loss scales; where anything is infinite, skip all and lower the scales."""
@@ -210,7 +216,7 @@ class LateCheck:
     def __init__(self, device: torch.device) -> None:
         self.found = torch.zeros((), device=device)
         self.host = torch.zeros((), pin_memory=True)
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.step = -1
 
     def ask(self, step: int) -> None:
@@ -226,8 +232,8 @@ class LateCheck:
         self.event.synchronize()
         if self.host.item() and on_nonfinite == "raise":
             raise FloatingPointError(
-                f"the update of {name!r} in step {self.step} was not finite (found one update late, "
-                "since the GPU was not waited for; a fused optimizer has left its weights alone, "
+                f"the update of {name!r} in step {self.step} was not finite (found one update "
+                "late, since the GPU was not waited for; a fused optimizer has left its weights alone, "
                 "another one has not)"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ class TrainEpochLoop:
         trainer, module, call = self.trainer, self.module, self.trainer.call
         self.batch_idx = 0
         call("on_train_epoch_start")
-        for window in self._windows(epochs_left):
+        # With a limit of steps one epoch may be all there is: an endless stream will do then.
+        for window in self._windows(epochs_left if self.max_steps == math.inf else 1):
             first = self.batch_idx
             for i, batch in enumerate(window, first):
                 call("on_train_batch_start", batch, i)

@@ -1,7 +1,7 @@
 """The contract of a strategy: places, and how to run a function in each of them.
 
-Order, weights, denominators and replicas are the driver's; epochs, callbacks and loggers are nobody's
-business here.
+Order, weights, denominators and replicas are the driver's; epochs, callbacks and loggers are
+nobody's business here.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Strategy(ABC):
 
     _sessions: int = 0
 
-    # -- the contract ------------------------------------------------------------------------------
+    # -- the contract --------------------------------------------------------------------------
 
     @abstractmethod
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
@@ -57,10 +57,10 @@ class Strategy(ABC):
         Tasks raise nothing: what goes wrong in one they keep for the driver.
         """
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 (a strategy without threads has nothing to do)
         """Get what the lanes need (threads); called once before the first `run`."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give it back; called once after the last `run`, also after an error."""
 
     def place(self, module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -82,7 +82,7 @@ class Strategy(ABC):
         """How a loader's batch is cut, for the summary: `32 = 2 threads x 16`."""
         return f"{samples}"
 
-    # -- built on it -------------------------------------------------------------------------------
+    # -- built on it ---------------------------------------------------------------------------
 
     @contextmanager
     def session(self) -> Iterator[None]:

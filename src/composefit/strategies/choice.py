@@ -6,10 +6,14 @@ from composefit.strategies.base import Strategy
 from composefit.strategies.single_device import SingleDevice
 from composefit.strategies.thread_data_parallel import ThreadDataParallel
 
-_NAMES = {"auto": SingleDevice, "single": SingleDevice, "threads": ThreadDataParallel}
+_NAMES: dict[str, type[SingleDevice | ThreadDataParallel]] = {
+    "auto": SingleDevice,
+    "single": SingleDevice,
+    "threads": ThreadDataParallel,
+}
 
 
-def choose(strategy: str | Strategy) -> Strategy:
+def choose(strategy: object) -> Strategy:
     """The strategy that a user asked for.
 
     Args:

@@ -1,8 +1,8 @@
 """Adding up gradients and stepping an optimizer, split over the lanes.
 
-Both pass over every parameter once and are bound by memory: one thread would keep the others waiting.
-Tensors are cut in flat chunks at multiples of 64 numbers, so that vectorised kernels treat each number
-as they do uncut: the result is bitwise the same.
+Both pass over every parameter once and are bound by memory: one thread would keep the others
+waiting. Tensors are cut in flat chunks at multiples of 64 numbers, so that vectorised kernels treat
+each number as they do uncut: the result is bitwise the same.
 """
 
 from __future__ import annotations

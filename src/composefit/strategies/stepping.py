@@ -18,8 +18,8 @@ _torch_is_known = (
 def step(optimizer: Optimizer) -> None:
     """As `optimizer.step()`.
 
-    torch wraps every step in a profiler's mark and a walk over hooks, some 20 us, which is a tenth of
-    a tiny model's whole step. Where no profiler runs and nobody has a hook they change nothing, and
+    torch wraps every step in a profiler's mark and a walk over hooks, some 20 us, which is a tenth
+    of a tiny model's whole step. Where no profiler runs and nobody has a hook they change nothing, and
     the step itself is called.
     """
     bare = bare_step(optimizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -97,9 +96,11 @@ class ThreadDataParallel(Strategy):
         """As `Strategy.add_up`; large gradients are added by all workers, each its part."""
         total, *others = lanes
         for other in others:
-            small, targets, summands = list(other), [], []
+            small = list(other)
+            targets: list[Tensor] = []
+            summands: list[Tensor] = []
             for i, (target, summand) in enumerate(zip(total, other, strict=True)):
-                if _splittable(target, summand):
+                if target is not None and summand is not None and _splittable(target, summand):
                     targets.append(target)
                     summands.append(summand)
                     small[i] = None
@@ -125,11 +126,9 @@ class ThreadDataParallel(Strategy):
         return f"{samples} = {self.lanes} threads x {-(-samples // self.lanes)}"
 
 
-def _splittable(target: Tensor | None, summand: Tensor | None) -> TypeGuard[Tensor]:
+def _splittable(target: Tensor, summand: Tensor) -> bool:
     return (
-        target is not None
-        and summand is not None
-        and target.layout is summand.layout is torch.strided
+        target.layout is summand.layout is torch.strided
         and target.stride() == summand.stride()
         and dense(target)
     )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from composefit import LoopModule, Step
+from composefit import LoopModule, Step, Update
 from composefit.random import SampleRandom
 from tests.laws.recipe import Draws, Recipe
 
@@ -118,6 +118,26 @@ def simultaneous(module: GAN, batches: list[Any]) -> Iterator[None]:
         yield
 
 
+class OneGraph(GAN):
+    """The generator first, and the same scores for both: their graph is kept for the critic."""
+
+    def training_step(self, batch: Any) -> Step:
+        real, noise, _ = batch
+        scores = self.critic(self.generator(noise))
+        yield Update({"generator": real_loss(scores)}, retain_graph=True)
+        yield {"critic": real_loss(self.critic(real)) + fake_loss(scores)}
+
+
+def one_graph(module: GAN, batches: list[Any]) -> Iterator[None]:
+    critic, generator = optimizers(module)
+    for real, noise, _ in batches:
+        fake = module.generator(noise)
+        before = fake.detach()
+        generator_step(module, generator, fake)
+        critic_step(module, critic, real, before)
+        yield
+
+
 # -- WGAN-GP ---------------------------------------------------------------------------------------
 
 
@@ -220,6 +240,7 @@ RECIPES = {
     "GAN, critic first": Recipe(GAN, reals, gan),
     "GAN, generator first": Recipe(GeneratorFirst, reals, generator_first),
     "GAN, simultaneous": Recipe(Simultaneous, reals, simultaneous),
+    "GAN, one graph for both": Recipe(OneGraph, reals, one_graph),
     "WGAN-GP": Recipe(WassersteinGAN, reals, wasserstein_gan),
     "GAN with noise of self.random": Recipe(OwnNoise, reals, own_noise),
     "GAN with a coin of self.random.shared": Recipe(Coin, reals, coin),

@@ -1,4 +1,4 @@
-"""Samples that meet: InfoNCE through `Gather`, MoCo's queue through `Once`."""
+"""Samples that meet: through `Gather` (InfoNCE), `Once` (MoCo's queue) and bare means."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from composefit import Gather, LoopModule, Once, Step
+from composefit import Gather, LoopModule, Mean, Once, Step
 from tests.laws.recipe import Draws, Recipe
 
 
@@ -56,6 +56,36 @@ def info_nce(module: InfoNCE, batches: list[Any]) -> Iterator[None]:
         b = F.normalize(module.encoder(second), dim=1)
         scores, own = a @ b.T / 0.2, torch.arange(len(a))
         ((F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2).backward()
+        optimizer.step()
+        yield
+
+
+# -- statistics of the batch -----------------------------------------------------------------------
+
+
+class UnitVariance(LoopModule):
+    """Both views alike, and their variance over the whole batch kept at one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = encoder()
+
+    def training_step(self, batch: Any) -> Step:
+        a, b = (self.encoder(view) for view in batch)
+        mean = yield from Mean(a.sum(), a.numel())
+        variance = yield from Mean((a - mean).square().sum(), a.numel())
+        yield F.mse_loss(a, b) + (variance - 1).square()
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.encoder.parameters(), lr=0.1)
+
+
+def unit_variance(module: UnitVariance, batches: list[Any]) -> Iterator[None]:
+    optimizer = SGD(module.encoder.parameters(), lr=0.1)
+    for first, second in batches:
+        optimizer.zero_grad()
+        a, b = module.encoder(first), module.encoder(second)
+        (F.mse_loss(a, b) + (a.var(correction=0) - 1).square()).backward()
         optimizer.step()
         yield
 
@@ -117,5 +147,6 @@ def moco(module: MoCo, batches: list[Any]) -> Iterator[None]:
 
 RECIPES = {
     "InfoNCE": Recipe(InfoNCE, views, info_nce),
+    "variance through bare means": Recipe(UnitVariance, views, unit_variance),
     "MoCo": Recipe(MoCo, views, moco),
 }
