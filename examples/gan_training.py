@@ -8,21 +8,28 @@ from torch.utils.data import DataLoader
 from composefit import LoopModule, SingleDevice, Step, Strategy, Trainer
 
 
+def network(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(inputs, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, outputs)
+    )
+
+
 class GAN(LoopModule):
     def __init__(self) -> None:
         super().__init__()
-        self.generator = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 2))
-        self.critic = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 1))
+        self.generator = network(4, 2)
+        self.critic = network(2, 1)
 
     def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {
-            "critic": torch.optim.Adam(self.critic.parameters(), lr=2e-3, betas=(0.5, 0.99)),
+            "critic": torch.optim.Adam(self.critic.parameters(), lr=5e-3, betas=(0.5, 0.99)),
             "generator": torch.optim.Adam(self.generator.parameters(), lr=2e-3, betas=(0.5, 0.99)),
         }
 
     def training_step(self, real: Tensor) -> Step:
         fake = self.generator(self.random.normal(len(real), 4))
-        yield {"critic": F.softplus(-self.critic(real)).mean() + F.softplus(self.critic(fake)).mean()}
+        doubt = F.softplus(-self.critic(real)).mean() + F.softplus(self.critic(fake)).mean()
+        yield {"critic": doubt}
         yield {"generator": F.softplus(-self.critic(fake)).mean()}
 
 
@@ -32,10 +39,10 @@ def circle(points: int) -> DataLoader[Tensor]:
     angle = 2 * torch.pi * torch.rand(points, 1, generator=generator)
     noise = 0.05 * torch.randn(points, 2, generator=generator)
     data = torch.cat([angle.cos(), angle.sin()], 1) + noise
-    return DataLoader(data, batch_size=128, shuffle=True)  # type: ignore[arg-type]
+    return DataLoader(data, batch_size=64, shuffle=True)  # type: ignore[arg-type]
 
 
-def main(strategy: Strategy | None = None, epochs: int = 30) -> float:
+def main(strategy: Strategy | None = None, epochs: int = 20) -> float:
     """Train, and return how far generated points are from the circle, on average."""
     torch.manual_seed(0)
     gan = GAN()

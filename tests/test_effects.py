@@ -19,8 +19,12 @@ X = torch.ones(3, 2)
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: Gather(3), TypeError, "Gather expects"),
-        (lambda: Gather((X, "y")), TypeError, "Gather expects tensors, got str"),
+        (lambda: Gather(3), TypeError, "Gather expects a tensor or a tuple of tensors, got int"),
+        (
+            lambda: Gather((X, "y")),
+            TypeError,
+            "Gather expects a tensor or a tuple of tensors, got str",
+        ),
         (lambda: Gather(()), ValueError, "at least one tensor"),
         (lambda: Gather(X.sum()), ValueError, r"got a 0-dim tensor: yield Mean\(total, weight\)"),
         (lambda: Once(X), TypeError, "expects a function and its tensors.*called already"),
@@ -94,7 +98,7 @@ def test_a_reduced_loss_is_the_sum_of_its_terms_each_over_its_own_denominator() 
     assert reduced_loss(columns, fractions) == (6 + 2) / (3 + 1) + 2
 
 
-# -- in a step ------------------------------------------------------------------------------------------
+# -- in a step -------------------------------------------------------------------------------------
 
 
 @every_strategy

@@ -77,8 +77,16 @@ def test_a_mean_over_nothing_is_left_out_and_so_is_its_gradient(weight: float | 
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: Mean(torch.ones(2), 1), ValueError, r"Mean's total .*got shape \(2,\).*\.mean\(\)"),
-        (lambda: Mean(ONE, torch.ones(2)), ValueError, r"0-dim weight, got shape \(2,\).*mask\.sum"),
+        (
+            lambda: Mean(torch.ones(2), 1),
+            ValueError,
+            r"Mean's total .*got shape \(2,\).*\.mean\(\)",
+        ),
+        (
+            lambda: Mean(ONE, torch.ones(2)),
+            ValueError,
+            r"0-dim weight, got shape \(2,\).*mask\.sum",
+        ),
         (lambda: Mean(ONE, -1), ValueError, "a weight of zero or more, got -1"),
         (lambda: Mean(ONE, float("nan")), ValueError, "a weight of zero or more, got nan"),
         (lambda: Mean(ONE, "three"), TypeError, "a number or a 0-dim tensor as weight, got str"),

@@ -15,7 +15,7 @@ from tests.lockstep.steps import data, every_strategy, module, trainer
 LOSS = torch.tensor(1.0)
 
 
-# -- reading what a step hands over ---------------------------------------------------------------------
+# -- reading what a step hands over ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_is_handed_over_stands_for_an_effect(
 @pytest.mark.parametrize(
     ("value", "returned", "words"),
     [
-        (None, False, "yielded NoneType None, expected a loss"),
+        (None, False, "yielded None, expected a loss.*to skip a step, `return`"),
         (1.5, True, r"returned float 1.5.*was \.item\(\) called"),
         ("critic", False, "yielded str 'critic'.*`yield from` a dict hands over its keys"),
         ((_ for _ in ()), False, r"yielded a generator.*write `yield from self\.helper"),
@@ -75,7 +75,7 @@ def test_a_function_is_offered_no_more_than_it_declares(
     assert offered(function, 2) == takes
 
 
-# -- generators that notice when nobody runs them -------------------------------------------------------
+# -- generators that notice when nobody runs them --------------------------------------------------
 
 
 class Helping(LoopModule):
@@ -104,7 +104,7 @@ def test_a_dropped_helper_is_noticed_once() -> None:
     assert dropped_helper() is None
 
 
-# -- the module ------------------------------------------------------------------------------------------
+# -- the module ------------------------------------------------------------------------------------
 
 
 def test_a_trainer_that_is_a_module_is_not_registered() -> None:
@@ -150,7 +150,7 @@ def test_device_and_dtype_are_those_of_the_parameters() -> None:
     assert net.global_step == 0 and net.current_epoch == 0
 
 
-# -- logging ---------------------------------------------------------------------------------------------
+# -- logging ---------------------------------------------------------------------------------------
 
 
 @every_strategy

@@ -84,7 +84,7 @@ def test_mixed_precision_in_threads_is_that_of_shards_in_turn() -> None:
     assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
 
 
-# -- the loss scale, against torch's ---------------------------------------------------------------------
+# -- the loss scale, against torch's ---------------------------------------------------------------
 
 
 def test_a_loss_scale_grows_and_backs_off_as_grad_scaler_does() -> None:

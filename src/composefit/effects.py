@@ -120,12 +120,14 @@ class Gather(Effect["tuple[Tensors, int]"], Generic[Tensors]):
     def __init__(self: Gather[tuple[Tensor, ...]], tensors: tuple[Tensor, ...]) -> None: ...
     def __init__(self, tensors: Tensor | tuple[Tensor, ...]) -> None:
         self.single = isinstance(tensors, Tensor)
-        self.tensors: tuple[Tensor, ...] = (
-            (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-        )
+        # Something else in a tuple too, so that it is refused by its own type below.
+        group = tensors if isinstance(tensors, (tuple, list)) else (tensors,)
+        self.tensors: tuple[Tensor, ...] = tuple(group)
         for tensor in self.tensors:
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"Gather expects tensors, got {type(tensor).__name__}")
+                raise TypeError(
+                    f"Gather expects a tensor or a tuple of tensors, got {type(tensor).__name__}"
+                )
             if tensor.dim() == 0:
                 raise ValueError(
                     "Gather expects tensors with rows in dimension 0, got a 0-dim tensor: "

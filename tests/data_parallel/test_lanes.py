@@ -153,6 +153,21 @@ def test_a_failed_forward_gives_its_replicas_back(parallel: Parallel) -> None:
     assert len(net._pool._crews) == 1
 
 
+def test_an_error_leaves_nothing_for_the_garbage_collector(parallel: Parallel) -> None:
+    net = parallel(nn.Sequential(nn.Linear(2, 2), Seen()), 3)
+    gc.collect()
+    gc.disable()
+    try:
+        saved = torch.randn(6, 3)
+        gone = weakref.ref(saved)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            net(saved)
+        del saved
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_calls_from_several_threads_take_turns(parallel: Parallel) -> None:
     net = parallel(nn.Linear(3, 2))
     batches = [torch.randn(5, 3) for _ in range(4)]

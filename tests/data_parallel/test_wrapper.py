@@ -344,6 +344,17 @@ def test_a_wrapper_in_a_strategys_shards_runs_as_a_part_of_them(parallel: Parall
         torch.testing.assert_close(a, b)
 
 
+def test_a_wrapper_in_a_strategys_only_shard_runs_in_parallel(parallel: Parallel) -> None:
+    seen = Seen()
+    net = nn.Sequential(parallel(nn.Sequential(nn.Linear(1, 2), seen)), nn.Linear(2, 1))
+    x = torch.randn(6, 1)
+    _, found = SingleDevice("cpu").gradient(lambda net, x: net(x).square().mean(), net, x)
+    assert len(set(seen.forwards)) == len(set(seen.backwards)) == 2
+    expected = torch.autograd.grad(net(x).square().mean(), list(net.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_shards_of_a_strategy_may_share_a_wrapper_that_is_not_theirs(parallel: Parallel) -> None:
     net, feature = nn.Linear(3, 1), parallel(nn.Linear(2, 3))
     x = torch.randn(12, 2)

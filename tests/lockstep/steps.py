@@ -1,4 +1,4 @@
-"""What the tests of the driver share: modules made of a step, quiet trainers, sets of strategies."""
+"""What tests of the driver share: modules made of a step, quiet trainers, strategies."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

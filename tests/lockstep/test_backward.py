@@ -27,7 +27,7 @@ CUTS: dict[str, tuple[Callable[[], Strategy], dict[str, Any]]] = {
 every_cut = pytest.mark.parametrize(("strategy", "options"), CUTS.values(), ids=CUTS)
 
 
-# -- weights -----------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 # Each gives the loss as a step writes it, and its value for a batch that is whole.
 
 
@@ -66,7 +66,9 @@ def all_together(net: nn.Module, x: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
 
 
 @every_cut
-@pytest.mark.parametrize("loss", [samples, token_mean, token_mean_of_a_library, total, all_together])
+@pytest.mark.parametrize(
+    "loss", [samples, token_mean, token_mean_of_a_library, total, all_together]
+)
 def test_every_kind_of_loss_is_that_of_the_whole_batch(
     loss: Callable[..., tuple[Any, Tensor]],
     strategy: Callable[[], Strategy],
@@ -139,7 +141,7 @@ def test_a_large_number_of_uneven_shards_is_still_the_whole() -> None:
         torch.testing.assert_close(p, q - 0.1 * g, rtol=1e-12, atol=1e-12)
 
 
-# -- graphs that are held ------------------------------------------------------------------------------
+# -- graphs that are held --------------------------------------------------------------------------
 
 
 class _Token:
@@ -214,9 +216,7 @@ HOLDERS = [_returns, _returns_with_a_variable, _yields, _returns_a_mean]
     [{"microbatch_size": 1}, {"accumulate_grad_batches": 8}],
     ids=["micro-batches", "accumulation"],
 )
-def test_one_graph_at_a_time_is_held(
-    step: Callable[..., Any], options: dict[str, Any]
-) -> None:
+def test_one_graph_at_a_time_is_held(step: Callable[..., Any], options: dict[str, Any]) -> None:
     net = module(step)
     alive = _Alive()
     net.alive = [alive]  # in a list: replicas share it

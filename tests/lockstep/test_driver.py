@@ -25,7 +25,7 @@ from tests.lockstep.steps import (
     weights,
 )
 
-# -- rule 10: shards that disagree -------------------------------------------------------------------
+# -- rule 10: shards that disagree -----------------------------------------------------------------
 
 
 def disagreeing(first: Callable[..., Any], others: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +115,7 @@ def test_shards_with_different_numbers_of_effects_disagree(
         trainer(strategy()).step(module(step), [data(7, 3)])
 
 
-# -- rule 5: buffers -----------------------------------------------------------------------------------
+# -- rule 5: buffers -------------------------------------------------------------------------------
 
 
 class Normed(nn.Module):
@@ -246,7 +246,7 @@ def test_an_error_in_a_step_leaves_the_owners_buffers_as_they_were() -> None:
     assert same(net, before)
 
 
-# -- rule 6: what shards may set -----------------------------------------------------------------------
+# -- rule 6: what shards may set -------------------------------------------------------------------
 
 
 @several_shards
@@ -345,7 +345,7 @@ def test_attributes_set_between_steps_reach_the_shards(strategy: Callable[[], St
         assert seen == {factor}
 
 
-# -- Once ----------------------------------------------------------------------------------------------
+# -- Once ------------------------------------------------------------------------------------------
 
 
 class Queue(LoopModule):
@@ -438,7 +438,7 @@ def test_logs_and_draws_of_once_count_once(strategy: Callable[[], Strategy]) -> 
     assert torch.equal(drawn[0], drawn[1])
 
 
-# -- rule 8: streams ------------------------------------------------------------------------------------
+# -- rule 8: streams -------------------------------------------------------------------------------
 
 
 def _shard_draws(strategy: Strategy, late: int) -> dict[int, Tensor]:

@@ -31,7 +31,7 @@ def pair(step: Callable[..., Any], **options: Any) -> Any:
     return module(step, a=linear(3, 3), b=linear(3, 2, seed=1), **options)
 
 
-# -- rule 2: graphs that are too old, or used up ------------------------------------------------------
+# -- rule 2: graphs that are too old, or used up ---------------------------------------------------
 
 
 @every_strategy
@@ -134,7 +134,7 @@ def test_errors_of_autograd_with_another_cause_stay_as_they_are() -> None:
     assert "update of" not in str(caught.value)
 
 
-# -- rule 4: modes ------------------------------------------------------------------------------------
+# -- rule 4: modes ---------------------------------------------------------------------------------
 
 
 class _Function(TorchFunctionMode):
@@ -303,7 +303,7 @@ def test_autocasts_cache_of_cast_weights_does_not_outlive_an_update() -> None:
     assert all(map(torch.equal, net.net.parameters(), expected.parameters()))
 
 
-# -- a cache that all threads share -------------------------------------------------------------------
+# -- a cache that all threads share ----------------------------------------------------------------
 
 
 class _Doubled(nn.Module):

@@ -23,7 +23,7 @@ from tests.lockstep.steps import (
     weights,
 )
 
-# -- what a step may be -------------------------------------------------------------------------------
+# -- what a step may be ----------------------------------------------------------------------------
 
 
 def _returned(self: Any, x: Tensor) -> Tensor:
@@ -137,11 +137,13 @@ def test_any_other_value_is_an_error(
         return value
 
     step = {"returned": returned, "yielded": yielded}.get(how, by_generator)
-    with pytest.raises(TypeError, match=f"{how.split()[0]} {type(value).__name__}.*expected a loss"):
+    with pytest.raises(
+        TypeError, match=f"{how.split()[0]} {type(value).__name__}.*expected a loss"
+    ):
         trainer(strategy()).step(module(step), [data(6, 3)])
 
 
-# -- ends ---------------------------------------------------------------------------------------------
+# -- ends ------------------------------------------------------------------------------------------
 
 
 def _nothing(self: Any, x: Tensor) -> None:
@@ -199,7 +201,7 @@ def test_a_stray_stop_iteration_does_not_end_training_in_silence(
     assert lines[-1].line == "next(iter(()))"
 
 
-# -- generators that nobody runs ----------------------------------------------------------------------
+# -- generators that nobody runs -------------------------------------------------------------------
 
 
 def with_helper(step: Callable[..., Any]) -> Any:
@@ -266,7 +268,7 @@ def test_a_helper_run_with_yield_from_does_its_part(strategy: Callable[[], Strat
         run.step(with_helper(returning), [data(6, 3)])
 
 
-# -- one worker for life, and an end for every shard ---------------------------------------------------
+# -- one worker for life, and an end for every shard -----------------------------------------------
 
 
 class Closed:
@@ -368,9 +370,7 @@ def test_the_state_after_a_fault_is_that_of_the_last_completed_update(
         yield {"a": self.a(x).square().mean()}
         yield {"b": self.b(x).square().mean()}
 
-    nets = [
-        module(step, a=linear(3, 2), b=linear(3, 2, seed=1)) for step in (faulty, whole)
-    ]
+    nets = [module(step, a=linear(3, 2), b=linear(3, 2, seed=1)) for step in (faulty, whole)]
     runs = [trainer(strategy()) for _ in nets]
     with pytest.raises(ValueError, match="mine") as caught:
         runs[0].step(nets[0], [data(6, 3)])
@@ -413,7 +413,7 @@ def test_an_error_thrown_in_at_a_yield_may_not_be_swallowed(
     assert all(map(torch.equal, weights(net), before))
 
 
-# -- what a shard's random draws are --------------------------------------------------------------------
+# -- what a shard's random draws are ---------------------------------------------------------------
 
 
 @every_strategy
@@ -436,7 +436,7 @@ def test_a_steps_own_draws_leave_the_default_generator_alone(
     assert len({tuple(d.tolist()) for d in drawn}) == len(drawn)
 
 
-# -- distance from fit to the user's code ---------------------------------------------------------------
+# -- distance from fit to the user's code ----------------------------------------------------------
 
 
 def test_at_most_six_frames_lie_between_fit_and_the_step() -> None:

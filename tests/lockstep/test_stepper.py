@@ -30,7 +30,7 @@ def two(step: Callable[..., Any], **options: Any) -> Any:
     return module(step, a=linear(3, 2), b=linear(3, 2, seed=1), **options)
 
 
-# -- rule 3: all gradients of a yield before any step ------------------------------------------------
+# -- rule 3: all gradients of a yield before any step ----------------------------------------------
 
 
 @every_strategy
@@ -138,7 +138,7 @@ def test_gradients_of_several_dtypes_are_all_checked() -> None:
     assert all(map(torch.equal, weights(net), before))
 
 
-# -- rule 3: float16 ----------------------------------------------------------------------------------
+# -- rule 3: float16 -------------------------------------------------------------------------------
 
 
 class Half(LoopModule):
@@ -222,7 +222,7 @@ def test_a_hook_sees_unscaled_gradients_not_yet_clipped() -> None:
     assert seen == [3.0]
 
 
-# -- clipping -----------------------------------------------------------------------------------------
+# -- clipping --------------------------------------------------------------------------------------
 
 
 class Clipped(LoopModule):
@@ -239,9 +239,7 @@ class Clipped(LoopModule):
 
         return {
             "a": OptimizerConfig(sgd("a"), gradient_clip_val=0.3),
-            "b": OptimizerConfig(
-                sgd("b"), gradient_clip_val=0.05, gradient_clip_algorithm="value"
-            ),
+            "b": OptimizerConfig(sgd("b"), gradient_clip_val=0.05, gradient_clip_algorithm="value"),
             "c": sgd("c"),
         }
 
@@ -274,7 +272,7 @@ def test_each_optimizer_is_clipped_by_its_own_rule(strategy: Callable[[], Strate
     torch.testing.assert_close(net.state_dict(), expected.state_dict(), rtol=1e-12, atol=1e-12)
 
 
-# -- rule 2: the version counters ---------------------------------------------------------------------
+# -- rule 2: the version counters ------------------------------------------------------------------
 
 
 @every_strategy
@@ -295,7 +293,10 @@ def test_a_loss_older_than_an_update_of_its_weights_names_the_yield(
     with pytest.raises(RuntimeError, match="has changed since") as caught:
         trainer(strategy()).step(net, [data(6, 3)])
     message = str(caught.value)
-    assert f"the loss of 'a' goes through weights that the update of 'b' ({__file__}:{line})" in message
+    assert (
+        f"the loss of 'a' goes through weights that the update of 'b' ({__file__}:{line})"
+        in message
+    )
     assert "compute it" in message
 
 
@@ -315,7 +316,7 @@ def test_a_graph_of_weights_that_nobody_updated_may_be_old(fused: bool) -> None:
     assert run.updates == {"a": 1, "b": 3}
 
 
-# -- rule 11 ------------------------------------------------------------------------------------------
+# -- rule 11 ---------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -384,9 +385,7 @@ def test_what_is_unfrozen_between_steps_is_trained_from_then_on(
 ) -> None:
     first, second = linear(3, 3), linear(3, 2, seed=1)
     first.requires_grad_(False)
-    net = module(
-        lambda self, x: self.net(x).square().mean(), net=nn.Sequential(first, second)
-    )
+    net = module(lambda self, x: self.net(x).square().mean(), net=nn.Sequential(first, second))
     net.configure_optimizers = lambda: {"net": SGD(net.parameters(), lr=0.1)}
     run, frozen = trainer(strategy()), first.weight.clone()
     run.step(net, [data(6, 3)])
@@ -414,7 +413,7 @@ def test_a_parameter_group_added_later_is_trained() -> None:
     assert not torch.equal(net.extra, torch.ones(2, dtype=torch.float64))
 
 
-# -- what is left behind ------------------------------------------------------------------------------
+# -- what is left behind ---------------------------------------------------------------------------
 
 
 @every_strategy

@@ -61,9 +61,7 @@ def test_it_is_closed_after_an_error_in_a_fit() -> None:
     with pytest.raises(ValueError, match="mine"):
         trainer(strategy).fit(module(step), [data(7, 3)])
     assert strategy.calls == ["open", "close"]
-    trainer(strategy).fit(
-        module(lambda self, x: self.net(x).square().mean()), [data(7, 3)]
-    )
+    trainer(strategy).fit(module(lambda self, x: self.net(x).square().mean()), [data(7, 3)])
     assert strategy.calls == ["open", "close"] * 2
 
 

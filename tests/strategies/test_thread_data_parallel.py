@@ -62,7 +62,7 @@ def uneven() -> None:
     time.sleep(random.Random().uniform(0.0, 0.002))
 
 
-# -- the table ------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def test_gradients_are_summed_in_one_order_whoever_comes_first() -> None:
@@ -84,9 +84,7 @@ def test_gradients_are_summed_in_one_order_whoever_comes_first() -> None:
 def test_post_accumulate_hooks_run_once_per_update() -> None:
     seen: list[int] = []
     net = module(lambda self, x: self.net(x).square().mean())
-    net.net.weight.register_post_accumulate_grad_hook(
-        lambda p: seen.append(threading.get_ident())
-    )
+    net.net.weight.register_post_accumulate_grad_hook(lambda p: seen.append(threading.get_ident()))
     trainer(ThreadDataParallel(4)).fit(net, [data(8, 3)] * 3)
     assert seen == [threading.get_ident()] * 3
 
@@ -238,7 +236,7 @@ def test_no_optimizer_steps_while_another_shard_is_still_in_its_backward() -> No
     assert most > 1  # and yet backwards run side by side
 
 
-# -- the threads themselves -----------------------------------------------------------------------------
+# -- the threads themselves ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["threads", "intra_op_threads"])
@@ -341,7 +339,7 @@ def test_nothing_of_a_finished_task_is_kept_by_a_worker() -> None:
         assert [sys.getrefcount(one) for one in held] == before
 
 
-# -- Ctrl-C -------------------------------------------------------------------------------------------
+# -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
 def interrupting(where: int, log: list[str]) -> Callable[..., Iterator[Any]]:
@@ -382,7 +380,11 @@ def test_an_interrupt_during_a_hand_over_waits_for_all_shards(where: int) -> Non
         assert log[0] == "sent" and ("worked on" in log) == (where != 0)
         if where:
             assert log.index("worked on") < log.index(f"closed {where}")
-        assert sorted(line for line in log if "closed" in line) == ["closed 0", "closed 2", "closed 4"]
+        assert sorted(line for line in log if "closed" in line) == [
+            "closed 0",
+            "closed 2",
+            "closed 4",
+        ]
         assert run.updates == {"net": 1}
         assert all(worker.is_alive() for worker in workers) and len(workers) == 2
         assert all(p.grad is None for p in net.parameters())

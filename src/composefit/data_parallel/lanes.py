@@ -65,7 +65,10 @@ class Pool:
 
     def hire(self, owner: nn.Module, shards: int) -> Crew:
         """A crew that no graph needs, as the owner is now."""
-        crew = self._crews.pop() if self._crews else Crew(owner)
+        try:
+            crew = self._crews.pop()
+        except IndexError:
+            crew = Crew(owner)
         if crew.owner is not owner:
             crew = Crew(owner)
         crew.refresh(shards)
@@ -127,7 +130,12 @@ class Pool:
         if errors:
             # Ctrl-C and the like before errors: they were meant for everybody.
             errors.sort(key=lambda found: (isinstance(found[1], Exception), found[0]))
-            raise errors[0][1]
+            first = errors[0][1]
+            errors.clear()
+            try:
+                raise first
+            finally:
+                del first  # its traceback holds this frame, and with it the graph
 
     @contextmanager
     def _intra_op(self) -> Iterator[None]:
