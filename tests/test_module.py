@@ -80,8 +80,7 @@ def test_a_function_is_offered_no_more_than_it_declares(
 
 class Helping(LoopModule):
     def helper(self, n: int) -> Any:
-        for i in range(n):
-            yield i
+        yield from range(n)
         return "done"
 
     def outer(self) -> Any:

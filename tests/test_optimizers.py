@@ -486,14 +486,6 @@ def test_parameters_are_the_trainable_ones_read_anew(net: Net) -> None:
     assert ids() == [id(net.generator.bias), id(weight), id(bias), id(late)]
 
 
-def test_parameters_gives_each_once_even_if_a_later_group_repeats_one(net: Net) -> None:
-    named = read_optimizers(SGD(net.parameters(), lr=0.1), net)["optimizer"]
-    late = nn.Parameter(torch.zeros(1))
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        named.optimizer.add_param_group({"params": [late, late]})
-    assert [id(p) for p in named.parameters()] == [id(p) for p in [*net.parameters(), late]]
-
-
 # -- when a scheduler steps ------------------------------------------------------------------------
 
 

@@ -277,15 +277,17 @@ def _verify(file: BinaryIO, path: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-            # No checksum covers the attributes, and one says "a folder": torch then takes what
-            # happens to be in memory for the record's content. It writes none itself.
-            marked = [record.filename for record in archive.infolist() if record.external_attr]
+            # No checksum covers the attributes. For a record that they call a folder, torch reads
+            # nothing, and takes what happens to be in memory for its content.
+            folders = [
+                record.filename for record in archive.infolist() if record.external_attr & 16
+            ]
     except Exception as error:  # damage to the directory shows in many ways
         raise _damaged(path, str(error) or type(error).__name__) from error
     if damaged is not None:
         raise _damaged(path, f"the record {damaged} does not match its checksum")
-    if marked:
-        raise _damaged(path, f"the record {marked[0]} has attributes, which torch.save never gives")
+    if folders:
+        raise _damaged(path, f"the record {folders[0]} is marked as a folder")
     file.seek(0)
 
 

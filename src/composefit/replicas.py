@@ -416,7 +416,7 @@ class Replica:
         self._refreshes += not within_step
         self._rebind.trim()
         for _ in range(_ATTEMPTS):
-            if self._twins and self._read(within_step):
+            if self._read(within_step):
                 return
             self._wire()
         raise RuntimeError(
@@ -462,15 +462,10 @@ class Replica:
         self._twins = {}
         self._pending.clear()
         self._rebind.forget()
-        try:
-            self._copy_of(self._owner)
-            for twin in self._pending:  # grows while modules are found
-                self._scan(twin)
-        except BaseException:
-            # Half a tree is none: the next refresh wires it again, with the same copies.
-            self._known |= self._twins
-            self._twins = {}
-            raise
+        self._copy_of(self._owner)
+        for twin in self._pending:  # grows while modules are found
+            self._scan(twin)
+        # Not reached if a scan has raised: what is pending has the next refresh wire it all again.
         self._pending.clear()
         self._known = {}
         self._twins[id(self._owner)].extras = self._overrides

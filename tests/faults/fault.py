@@ -17,7 +17,7 @@ from tests.lockstep.steps import data, linear, module, trainer, weights
 #: Law 5: which shard, effect and step, where in the user's code, and what was done before.
 NOTE = re.compile(
     r"shard \d \(lane \d, thread [\w-]+\), step \d+, batch \d+, "
-    r"(before its first effect|last effect .+), in training_step \((.+):\d+\); "
+    r"(before its first effect|last effect .+|at its end), in training_step \((.+):\d+\); "
     r"updates done before it: .+"
 )
 

@@ -129,7 +129,9 @@ RUNS: list[Callable[[Trainer, Any], Any]] = [
 
 @pytest.mark.parametrize("start", RUNS, ids=["fit", "step"])
 def test_f5_missing_method(start: Callable[[Trainer, Any], Any]) -> None:
-    example = "def training_step(self, batch):\n        x, y = batch\n        return F.cross_entropy("
+    example = (
+        "def training_step(self, batch):\n        x, y = batch\n        return F.cross_entropy("
+    )
     with surfaces(TypeError, "Optimized defines no training_step; write", example):
         start(trainer(), Optimized())
     example = "def configure_optimizers(self):\n        return torch.optim.Adam(self.parameters()"

@@ -79,6 +79,32 @@ def test_f11_one_shot_iterator_is_enough_for_one_epoch_or_a_limit_of_steps() -> 
         assert run.global_step == 2
 
 
+def test_f11_the_check_does_not_iterate() -> None:
+    """Iterating a DataLoader starts its workers and draws a seed."""
+
+    class Counting(list[Tensor]):
+        iterated = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.iterated += 1
+            return super().__iter__()
+
+    loader = Counting([data(6, 3)])
+    trainer(max_epochs=2).fit(module(squares), loader)
+    assert loader.iterated == 2
+
+
+def test_f11_several_iterators_for_one_epoch() -> None:
+    def step(self: Any, batch: Any) -> Tensor:
+        return squares(self, batch["a"] + batch["b"])
+
+    run = trainer()
+    run.fit(
+        module(step), {name: (data(6, 3) for _ in range(n)) for name, n in (("a", 2), ("b", 3))}
+    )
+    assert run.global_step == 2
+
+
 class Exhausted:
     """Gives its batches to whoever iterates first."""
 
@@ -92,7 +118,9 @@ class Exhausted:
 
 def test_f11_iterable_that_is_empty_in_epoch_2() -> None:
     run = trainer(max_epochs=3)
-    with surfaces(ValueError, "no batch in its epoch 2", "not re-iterable", "a DataLoader or a list"):
+    with surfaces(
+        ValueError, "no batch in its epoch 2", "not re-iterable", "a DataLoader or a list"
+    ):
         run.fit(module(squares), Exhausted([data(6, 3)] * 2))
     assert run.global_step == 2
 
@@ -173,21 +201,198 @@ def test_f13_ragged_last_batch_and_window(
 
 # -- F14 to F16b: what a batch may be made of ----------------------------------------------------
 
+ROWS = torch.arange(6, dtype=torch.float64)[:, None].expand(6, 3).contiguous()
 
-def cut_into(batch: Any, strategy: Callable[[], Strategy], net: Any = None) -> list[Any]:
-    """The parts of a batch that the shards of a step get, in sample order."""
-    parts: dict[int, Any] = {}
 
-    def step(self: Any, part: Any) -> None:
-        parts[self.random.integers(0, 1, 1).shape[0] and len(parts)] = part
+def parts_of(batch: Any, x: Callable[[Any], Tensor], strategy: Callable[[], Strategy]) -> list[Any]:
+    """What each shard of a step gets of a batch, in sample order; `x` finds `ROWS` in it."""
+    found: list[Any] = []
 
-    del step
-    found: list[tuple[float, Any]] = []
+    def step(self: Any, part: Any) -> Tensor:
+        found.append(part)
+        return squares(self, x(part))
 
-    def recording(self: Any, part: Any) -> Tensor:
-        x = first_tensor(part)
-        found.append((x[0, 0].item(), part))
-        return self.net(x).mean()
+    trainer(strategy()).step(module(step), [batch])
+    return sorted(found, key=lambda part: x(part)[0, 0].item())
 
-    trainer(strategy()).step(net or module(recording), [batch])
-    return [part for _, part in sorted(found, key=lambda pair: pair[0])]
+
+def by_key(part: Any) -> Tensor:
+    rows: Tensor = part["x"]
+    return rows
+
+
+def by_name(part: Any) -> Tensor:
+    rows: Tensor = part.x
+    return rows
+
+
+@several_shards
+def test_f14_leaves_that_are_no_tensors(strategy: Callable[[], Strategy]) -> None:
+    one_for_all = {"name": "train", "step": 3, "rate": 0.5, "none": None, "flag": True}
+    batch = {"x": ROWS, "files": list("abcdef"), "temperature": torch.tensor(2.0), **one_for_all}
+    parts = parts_of(batch, by_key, strategy)
+    assert [part["files"] for part in parts] == [["a", "b"], ["c", "d"], ["e", "f"]]
+    for part in parts:
+        assert {name: part[name] for name in one_for_all} == one_for_all
+        assert part["temperature"].item() == 2.0
+
+
+@several_shards
+def test_f14_list_of_another_length(strategy: Callable[[], Strategy]) -> None:
+    batch = {"x": ROWS, "meta": {"files": list("abcde")}}
+    net = module(lambda self, part: squares(self, part["x"]))
+    words = (
+        'batch["x"] has 6 samples, but batch["meta"]["files"] has 5',
+        "lists to hold one item per sample",
+        "override LoopModule.scatter_batch",
+        "step 0, batch 0",
+    )
+    with surfaces(ValueError, *words):
+        trainer(strategy()).fit(net, [batch])
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    x: Tensor
+    name: str
+
+
+class Encoding(UserDict[str, Any]):
+    """Like a transformers' BatchEncoding: a mapping with attributes and a `to` of its own."""
+
+    encodings = "fast"
+
+    def to(self, device: Any) -> "Encoding":
+        raise AssertionError("its values are moved, not the loader's own object")
+
+
+@several_shards
+def test_f15_the_types_of_a_batch_are_kept(strategy: Callable[[], Strategy]) -> None:
+    y = torch.arange(6)
+    for part in parts_of(Pair(ROWS, y), by_name, strategy):
+        assert type(part) is Pair and torch.equal(part.x[:, 0], part.y.double())
+    for part in parts_of(Record(ROWS, "train"), by_name, strategy):
+        assert type(part) is Record and part.name == "train" and len(part.x) == 2
+    for part in parts_of(Encoding(x=ROWS, y=y), by_key, strategy):
+        assert type(part) is Encoding and part.encodings == "fast"
+        assert torch.equal(part["x"][:, 0], part["y"].double())
+    nested = {"x": ROWS, "views": [(y, {"y": y})]}
+    for part in parts_of(nested, by_key, strategy):
+        ((first, second),) = part["views"]
+        assert type(part["views"]) is list and torch.equal(first, second["y"])
+        assert torch.equal(part["x"][:, 0], first.double())
+
+
+class Graphs:
+    """Like a torch_geometric batch: nodes of several graphs, and a `to` of its own."""
+
+    def __init__(self, x: Tensor, graph: Tensor) -> None:
+        self.x, self.graph = x, graph
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Graphs":
+        return Graphs(self.x.to(device), self.graph.to(device))
+
+
+def graphs() -> Graphs:
+    """Three graphs of 3, 2 and 1 nodes."""
+    return Graphs(ROWS, torch.tensor([0, 0, 0, 1, 1, 2]))
+
+
+def cut_graphs(batch: Graphs, sizes: Any) -> list[Graphs]:
+    ends = torch.tensor(list(sizes)).cumsum(0).tolist()
+    chosen = [
+        (batch.graph >= end - size) & (batch.graph < end)
+        for end, size in zip(ends, sizes, strict=True)
+    ]
+    return [Graphs(batch.x[rows], batch.graph[rows]) for rows in chosen]
+
+
+@several_shards
+def test_f15_custom_type_that_nobody_can_cut(strategy: Callable[[], Strategy]) -> None:
+    net = module(lambda self, part: squares(self, part["x"]))
+    words = ('batch["graphs"]', "Graphs", "composefit.tree.split", "LoopModule.scatter_batch")
+    with surfaces(TypeError, *words):
+        trainer(strategy()).fit(net, [{"x": ROWS, "graphs": graphs()}])
+
+
+@several_shards
+def test_f15_custom_type_that_is_registered(strategy: Callable[[], Strategy]) -> None:
+    class Registered(Graphs):
+        def to(self, device: Any, non_blocking: bool = False) -> "Registered":
+            return Registered(self.x.to(device), self.graph.to(device))
+
+    tree.samples_of.register(Registered, lambda batch: int(batch.graph.max()) + 1)
+    tree.split.register(Registered, cut_graphs)
+    found = parts_of(Registered(ROWS, graphs().graph), by_name, strategy)
+    assert [len(part.x) for part in found] == [3, 2, 1]
+
+
+@several_shards
+def test_f15_scatter_batch_overrides(strategy: Callable[[], Strategy]) -> None:
+    found: list[int] = []
+
+    def step(self: Any, part: Graphs) -> Tensor:
+        found.append(len(part.x))
+        return squares(self, part.x)
+
+    net = module(step)
+    type(net).batch_size = lambda self, batch: len(batch.graph.unique())
+    type(net).scatter_batch = lambda self, batch, n: cut_graphs(batch, [1] * n)
+    trainer(strategy()).step(net, [graphs()])
+    assert sorted(found) == [1, 2, 3]
+
+
+@several_shards
+def test_f16_leaves_that_disagree(strategy: Callable[[], Strategy]) -> None:
+    net = module(lambda self, part: squares(self, part[0]))
+    before = weights(net)
+    words = (
+        "batch[0] has 6 samples, but batch[1] has 5",
+        "LoopModule.batch_dim",
+        "a tensor without dimensions",
+        "step 1, batch 1",
+    )
+    run = trainer(strategy())
+    with surfaces(ValueError, *words):
+        run.fit(net, [(ROWS, ROWS[:, 0]), (ROWS, ROWS[:5, 0])])
+    assert run.updates == {"net": 1}
+    assert not any(map(torch.equal, weights(net), before))
+
+
+@several_shards
+def test_f16_several_loaders_are_cut_each_by_itself(strategy: Callable[[], Strategy]) -> None:
+    found: list[tuple[int, int]] = []
+
+    def step(self: Any, part: Any) -> Tensor:
+        found.append((len(part["labelled"]), len(part["unlabelled"])))
+        return squares(self, part["labelled"])
+
+    loaders = {"labelled": [data(6, 3)], "unlabelled": [data(9, 3)]}
+    trainer(strategy()).fit(module(step), loaders)
+    assert found == [(2, 3)] * 3
+
+
+@every_strategy
+@pytest.mark.parametrize("samples", [2, 4])
+def test_f16b_default_collates_list_is_structure(
+    samples: int, strategy: Callable[[], Strategy]
+) -> None:
+    pairs = [(data(3, seed=i), torch.tensor(float(i))) for i in range(samples)]
+    batch = default_collate(pairs)
+    assert type(batch) is list and len(batch) == 2  # as many as samples, the first time
+    found: list[tuple[int, ...]] = []
+
+    def step(self: Any, part: Any) -> Tensor:
+        x, y = part
+        found.append((*x.shape, *y.shape))
+        return (self.net(x)[:, 0] - y).square().mean()
+
+    net = module(step, net=linear(3, 1))
+    trainer(strategy()).step(net, [batch])
+    assert sum(shape[0] for shape in found) == samples
+    assert all(len(shape) == 3 and shape[0] == shape[2] for shape in found)

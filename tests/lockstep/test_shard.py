@@ -248,7 +248,7 @@ def _a_generator_yielded(self: Any, x: Tensor) -> Iterator[Any]:
 
 @every_strategy
 def test_a_generator_yielded_is_an_error(strategy: Callable[[], Strategy]) -> None:
-    with pytest.raises(TypeError, match="yielded a generator.*`yield from"):
+    with pytest.raises(TypeError, match=r"yielded a generator.*`yield from"):
         trainer(strategy()).step(module(_a_generator_yielded), [data(6, 3)])
 
 
@@ -378,6 +378,31 @@ def test_the_state_after_a_fault_is_that_of_the_last_completed_update(
     runs[1].step(nets[1], [data(6, 3)])
     assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
     assert runs[0].updates == {"a": 1, "b": 1} and runs[0].global_step == 0
+
+
+@pytest.mark.parametrize("cut", [{}, {"microbatch_size": 1}], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize("error", [ValueError, FloatingPointError])
+@every_strategy
+def test_nothing_of_a_failed_step_is_in_the_next(
+    error: type[Exception], cut: dict[str, Any], strategy: Callable[[], Strategy]
+) -> None:
+    # At the fault some shards have taken their gradients, or all have and none was used.
+    faulty = True
+
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        if faulty and error is ValueError and x[-1, 0] == 5:
+            raise ValueError("mine")
+        yield {"net": self.net(x).square().mean() * (float("nan") if faulty else 1.0)}
+
+    nets = [module(step) for _ in range(2)]
+    runs = [trainer(strategy(), **cut) for _ in nets]
+    with pytest.raises(error):
+        runs[0].step(nets[0], [numbered(6)])
+    faulty = False
+    for net, run in zip(nets, runs, strict=True):
+        run.step(net, [numbered(6)])
+    assert all(map(torch.equal, nets[0].parameters(), nets[1].parameters()))
+    assert all(p.isfinite().all() for p in nets[0].parameters())
 
 
 @several_shards

@@ -49,7 +49,7 @@ def check(net: nn.Module, loss: Callable[..., Tensor], threads: int = 3) -> None
     with run.strategy:
         for _ in range(2):
             run.step(ours, [x])
-    for p, q, start in zip(net.parameters(), expected.parameters(), before, strict=True):
+    for p, q in zip(net.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-12)
     moved = max(
         (p - start).abs().max().item() for p, start in zip(net.parameters(), before, strict=True)
@@ -293,9 +293,9 @@ def test_workers_use_the_intra_op_threads_asked_for_and_the_callers_are_put_back
             trainer(ThreadDataParallel(3, intra_op_threads=asked)).fit(net, [data(6, 3)] * 2)
             assert seen == [asked] * 6
             assert torch.get_num_threads() == 2
-            with pytest.raises(ValueError, match="mine"):
-                with ThreadDataParallel(2, intra_op_threads=asked):
-                    raise ValueError("mine")
+            strategy = ThreadDataParallel(2, intra_op_threads=asked)
+            with pytest.raises(ValueError, match="mine"), strategy:
+                raise ValueError("mine")
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

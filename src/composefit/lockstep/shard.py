@@ -224,15 +224,14 @@ class Shard:
 
 def shard_note(shard: Shard, step: int, updates: dict[str, int]) -> str:
     """The note on an error: where it happened and what was done before."""
-    effect = ""
     if shard.effect is not None:
-        effect = f", last effect {shard.effect!r}"
-    elif shard.lock.body.training and not shard.done:
-        effect = ", before its first effect"
+        effect = f"last effect {shard.effect!r}"
+    else:
+        effect = "at its end" if shard.done else "before its first effect"
     done = ", ".join(f"{name}: {n}" for name, n in updates.items()) or "none"
     return (
         f"shard {shard.index} (lane {shard.lane}, thread {shard.thread}), step {step}, "
-        f"batch {shard.batch_idx}{effect}, in {shard.lock.body.name} ({shard.where()}); "
+        f"batch {shard.batch_idx}, {effect}, in {shard.lock.body.name} ({shard.where()}); "
         f"updates done before it: {done}"
     )
 

@@ -42,10 +42,11 @@ class LanguageModel(LoopModule):
         return self.head(self.rnn(self.embedding(ids[:, :-1]))[0])
 
     def training_step(self, ids: Tensor) -> Any:
-        total = F.cross_entropy(
-            self.scores(ids).flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD, reduction="sum"
-        )
-        return Mean(total, (ids[:, 1:] != PAD).sum())
+        return Mean(self.total(ids), (ids[:, 1:] != PAD).sum())
+
+    def total(self, ids: Tensor) -> Tensor:
+        scores, targets = self.scores(ids).flatten(0, 1), ids[:, 1:].flatten()
+        return F.cross_entropy(scores, targets, ignore_index=PAD, reduction="sum")
 
     def configure_optimizers(self) -> SGD:
         return SGD(self.parameters(), lr=0.2)
@@ -65,9 +66,7 @@ class AveragedLanguageModel(LanguageModel):
     """The control: each shard's own mean over tokens, as a plain loss."""
 
     def training_step(self, ids: Tensor) -> Tensor:
-        scores = self.scores(ids).flatten(0, 1)
-        mean = F.cross_entropy(scores, ids[:, 1:].flatten(), ignore_index=PAD)
-        return mean.nan_to_num(0.0)
+        return self.total(ids) / (ids[:, 1:] != PAD).sum().clamp(min=1)
 
 
 class ManyDenominators(LanguageModel):
