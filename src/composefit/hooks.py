@@ -38,15 +38,26 @@ class HookCaller:
         self._heard = heard
         self._found: dict[str, list[Callable[..., Any]]] = {}
 
+    def anybody(self, name: str, count: int) -> bool:
+        """Whether somebody has written this hook, which is offered `count` arguments.
+
+        Asked once by who would call it at every step.
+        """
+        return bool(self._hooks(name, count))
+
     def __call__(self, name: str, *arguments: Any) -> None:
         """Run all hooks of this name."""
-        hooks = self._found.get(name)
-        if hooks is None:
-            hooks = self._found[name] = self._find(name, len(arguments))
-        if hooks:  # most have nobody to call, and cost next to nothing
+        hooks = self._hooks(name, len(arguments))
+        if hooks:
             for hook in hooks:
                 hook(*arguments)
             self._heard()
+
+    def _hooks(self, name: str, count: int) -> list[Callable[..., Any]]:
+        hooks = self._found.get(name)
+        if hooks is None:
+            hooks = self._found[name] = self._find(name, count)
+        return hooks
 
     def _find(self, name: str, count: int) -> list[Callable[..., Any]]:
         found: list[Callable[..., Any]] = []
