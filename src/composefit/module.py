@@ -383,7 +383,11 @@ def unknown_optimizer(name: object, known: list[str]) -> ValueError:
     return ValueError(f"there is no optimizer {name!r}: configure_optimizers named {known}{hint}")
 
 
-_dropped = threading.local()
+class _Dropped(threading.local):
+    name: str | None = None
+
+
+_dropped = _Dropped()
 
 
 class Helper:
@@ -421,9 +425,9 @@ class Helper:
 
 def dropped_helper() -> str | None:
     """The name of a generator method that was called in this thread and never run."""
-    name: str | None = getattr(_dropped, "name", None)
+    name = _dropped.name
     if name is not None:
-        del _dropped.name
+        _dropped.name = None
     return name
 
 

@@ -4,8 +4,10 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from composefit.cli import main
+from composefit.demo import run as demo
 
 
 @pytest.mark.parametrize("strategy", ["threads", "single"])
@@ -33,3 +35,22 @@ def test_a_second_demo_does_not_continue_the_figures_of_the_first(tmp_path: Path
     main(["demo", "--epochs", "1", "--accumulate", "15", "--out", str(tmp_path)])
     with (tmp_path / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["1"]
+
+
+def test_torch_has_one_thread_inside_during_the_demo_and_its_own_number_again_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def stop(*_: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise InterruptedError("far enough")
+
+    monkeypatch.setattr(demo, "real_digits", stop)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(InterruptedError):
+            demo.run(out=tmp_path)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)

@@ -82,8 +82,8 @@ class Stepper:
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.left_out: Counter[str] = Counter()
         self.on_cpu = device.type == "cpu"
-        self.one = torch.ones((), device=device)
-        self.found = torch.zeros((), device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)  # the fused check takes no other
+        self.found = torch.zeros((), dtype=torch.float32, device=device)
         self.late: dict[str, LateCheck] = {}
 
     def update(
@@ -214,8 +214,8 @@ class LateCheck:
     """A flag on a GPU that is read once its computation is known to be over."""
 
     def __init__(self, device: torch.device) -> None:
-        self.found = torch.zeros((), device=device)
-        self.host = torch.zeros((), pin_memory=True)
+        self.found = torch.zeros((), dtype=torch.float32, device=device)
+        self.host = torch.zeros((), dtype=torch.float32, pin_memory=True)
         self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.step = -1
 

@@ -58,17 +58,21 @@ class TrainEpochLoop:
         trainer, module, call = self.trainer, self.module, self.trainer.call
         self.batch_idx = 0
         call("on_train_epoch_start")
+        tell_start = call.anybody("on_train_batch_start", 2)
+        tell_end = call.anybody("on_train_batch_end", 3)
         # With a limit of steps one epoch may be all there is: an endless stream will do then.
         for window in self._windows(epochs_left if self.max_steps == math.inf else 1):
             first = self.batch_idx
-            for i, batch in enumerate(window, first):
-                call("on_train_batch_start", batch, i)
+            if tell_start:
+                for i, batch in enumerate(window, first):
+                    call("on_train_batch_start", batch, i)
             try:
                 outputs = trainer.step(module, window, first)
             finally:
                 self.batch_idx += len(window)
-            for i, batch in enumerate(window, first):
-                call("on_train_batch_end", outputs, batch, i)
+            if tell_end:
+                for i, batch in enumerate(window, first):
+                    call("on_train_batch_end", outputs, batch, i)
             if trainer.global_step >= self.max_steps or trainer.should_stop:
                 break
 
