@@ -1,6 +1,7 @@
 """composefit trains PyTorch models: a step says what it means, a strategy how it is carried out."""
 
 from composefit.callbacks import Callback
+from composefit.data_parallel import DataParallel
 from composefit.effects import Effect, Gather, Once
 from composefit.losses import Mean, Sum
 from composefit.module import LoopModule, Step
@@ -11,6 +12,7 @@ from composefit.updates import Update
 
 __all__ = [
     "Callback",
+    "DataParallel",
     "Effect",
     "Gather",
     "LoopModule",

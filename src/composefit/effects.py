@@ -149,9 +149,13 @@ class Gather(Effect["tuple[Tensors, int]"], Generic[Tensors]):
         with torch.no_grad():
             whole = [torch.cat(column) for column in columns]
         differentiable = [any(t.requires_grad for t in column) for column in columns]
-        # .data: shared storage, but a version counter and a graph of each shard's own.
+        # Leaves share their storage, autograd lets nobody write to them; what has no gradient
+        # (labels) may be written to, so each shard gets its own.
         copies = [
-            tuple(t.data.requires_grad_(d) for t, d in zip(whole, differentiable, strict=True))
+            tuple(
+                t.data.requires_grad_() if d else t.clone()
+                for t, d in zip(whole, differentiable, strict=True)
+            )
             for _ in effects
         ]
         starts = [_starts(len(t) for t in column) for column in columns]

@@ -288,6 +288,10 @@ class LoopModule(nn.Module):
     def on_fit_end(self) -> None:
         """After everything."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the trainer, which holds threads and files."""
+        return {**self.__dict__, "trainer": None, "_context": None}
+
     def __setattr__(self, name: str, value: Any) -> None:
         state = self.__dict__
         if state.get("_replica"):

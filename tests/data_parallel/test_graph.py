@@ -116,6 +116,21 @@ def test_gradients_have_their_parameters_strides(parallel: Parallel) -> None:
     assert conv.weight.grad.stride() == conv.weight.stride()
 
 
+def test_parameters_that_are_added_do_not_share_a_gradient(parallel: Parallel) -> None:
+    """Autograd hands both the same tensor, which is summed in place."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (self.a + self.b)
+
+    inner, x = Added(), torch.randn(5, 2)
+    agree(parallel(inner)(x), inner(x), [inner.a, inner.b])
+
+
 def test_tied_and_sparse_parameters(parallel: Parallel) -> None:
     inner = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 3), nn.Linear(3, 3))
     inner[2].weight = inner[1].weight
@@ -265,10 +280,7 @@ def test_items_of_a_list_may_be_changed_in_place(parallel: Parallel) -> None:
     holder.forward = lambda items: [inner(item).tanh() for item in items]
     items = [torch.randn(n, 2) for n in (2, 1, 3)]
     found, expected = parallel(holder)(items), holder(items)
-    found[0].zero_()
-    expected = [torch.zeros_like(expected[0]), *expected[1:]]
-    for a, b in zip(found[1:], expected[1:], strict=True):
-        agree(a, b, [inner.weight], retain_graph=True)
+    agree(found[0].add_(1), expected[0] + 1, [inner.weight], retain_graph=True)
 
 
 def test_weights_changed_before_a_backward_are_autograds_error(parallel: Parallel) -> None:
@@ -290,10 +302,13 @@ def test_tensors_that_are_no_parameters_get_their_gradient(parallel: Parallel) -
             self.style = torch.randn(3, requires_grad=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x * self.style + outside
+            return x * self.style + outside * (x[0, 0] == first)
 
     inner, x = Uses(), torch.randn(5, 3)
-    agree(parallel(inner)(x), inner(x), [inner.style, outside])
+    first = x[0, 0]  # one shard alone uses the tensor from outside
+    found = parallel(inner)(x)
+    gradients = torch.autograd.grad(found.sum(), [inner.style, outside])
+    torch.testing.assert_close(gradients, (x.sum(0), torch.full((3,), 3.0)))
 
 
 def test_a_tensor_made_outside_by_a_graph_is_an_error_not_a_wrong_gradient(

@@ -331,6 +331,22 @@ def test_a_wrapper_inside_a_wrapped_module_runs_as_a_part_of_its_shard(parallel:
     assert len(seen.forwards) == 2
 
 
+WRAPPED: list[DataParallel] = []
+
+
+class Again(nn.Module):
+    """Calls the wrapper that it is in, by a way that a replica cannot see."""
+
+    def forward(self, x: Tensor, depth: int) -> Tensor:
+        return WRAPPED[-1](x + 1, depth - 1) if depth else x
+
+
+def test_a_forward_may_call_its_own_wrapper(parallel: Parallel) -> None:
+    WRAPPED.append(parallel(Again()))
+    assert WRAPPED[-1](torch.zeros(4), 3).tolist() == [3.0] * 4
+    WRAPPED.clear()
+
+
 def test_a_wrapper_in_a_strategys_shards_runs_as_a_part_of_them(parallel: Parallel) -> None:
     seen = Seen()
     wrapped = parallel(nn.Sequential(seen, nn.Linear(1, 1)))

@@ -450,6 +450,20 @@ def test_hooks_of_an_update_run_in_order_and_once_per_optimizer() -> None:
     assert seen == ["before a", "after a", "before b", "after b", "before b", "after b"]
 
 
+@every_strategy
+def test_updates_are_checked_whatever_the_default_dtype(
+    strategy: Callable[[], Strategy],
+) -> None:
+    # The fused check takes its scale and its flag in float32 only.
+    net = two(lambda self, x: {"a": self.a(x).square().mean() * math.nan})
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(FloatingPointError, match="not finite"):
+            trainer(strategy()).step(net, [data(6, 3)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_equal_runs_end_equal() -> None:
     # What `same` compares with elsewhere in these tests must be able to differ.
     nets = [module(lambda self, x: self.net(x).square().mean()) for _ in range(3)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -10,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import Parameter
 
 from composefit.data_parallel.arguments import Alias, Argument, Arguments
 from composefit.data_parallel.lanes import Crew, Pool
@@ -68,7 +66,7 @@ class Seam:
         self.what = what
         self.exits: list[list[GradientEdge]] = []  # each shard's outputs
         self.joined: list[GradientEdge] = []
-        self.sources: list[Tensor] = []  # parameters
+        self.sources: list[Tensor] = []  # the leaves of all graphs
         self.entries: list[Argument] = []
 
     def __del__(self) -> None:
@@ -97,17 +95,17 @@ class Seam:
         if not tracked:
             return joined
         self.joined = [get_gradient_edge(tensor) for tensor in tracked]
-        leaves = [_leaves(exits) for exits in self.exits]
-        self.sources = _shared(leaves)
-        reached = {key for found in leaves for key in found}
+        # Whatever the forward reached, as in a plain graph: parameters, but also tensors that are
+        # attributes or global variables; and of the arguments those that it used.
+        reached = _leaves([edge for exits in self.exits for edge in exits])
+        parts = {id(part) for argument in self.arguments.leaves for part in argument.parts}
+        self.sources = [leaf for key, leaf in reached.items() if key not in parts]
         self.entries = [
-            entry
-            for entry in self.arguments.leaves
-            if any(leaf is not None and id(leaf) in reached for leaf in entry.parts)
+            argument
+            for argument in self.arguments.leaves
+            if any(id(part) in reached for part in argument.parts)
         ]
         inputs = [*self.sources, *(whole for whole, _ in self.entries)]
-        if not inputs:
-            return map_tensors(torch.Tensor.detach, joined)
         found = _Gate.apply(self, tracked, *inputs)  # type: ignore[no-untyped-call]
         swap = {id(before): after for before, after in zip(tracked, found, strict=True)}
         return map_tensors(lambda t: swap.get(id(t), t), joined)
@@ -210,20 +208,6 @@ def _leaves(edges: Sequence[GradientEdge]) -> dict[int, Tensor]:
                 found[id(leaf)] = leaf
             stack.extend(next_ for next_, _ in node.next_functions if next_ is not None)
     return found
-
-
-def _shared(leaves: Sequence[dict[int, Tensor]]) -> list[Tensor]:
-    """The leaves that were there before the forward.
-
-    Parameters, also those that one shard alone has reached (an expert), and whatever else several
-    shards have in common: a tensor that is a plain attribute, or a global variable. A leaf that a
-    forward makes for itself is in one shard's graph only.
-    """
-    shards = Counter(key for found in leaves for key in found)
-    all_of_them = {key: leaf for found in leaves for key, leaf in found.items()}
-    return [
-        leaf for key, leaf in all_of_them.items() if isinstance(leaf, Parameter) or shards[key] > 1
-    ]
 
 
 @contextmanager

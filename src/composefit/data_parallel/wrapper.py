@@ -113,7 +113,7 @@ class DataParallel(nn.Module):
         inside = self._home != id(self) or here.in_lane
         if inside or pool.strategy.lanes == 1 or not (args or kwargs):
             return self.module(*args, **kwargs)
-        batch: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        batch: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         dim = getattr(self.module, "batch_dim", 0)
         try:
             samples = batch_size(batch, dim)

@@ -82,7 +82,8 @@ class Stepper:
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.left_out: Counter[str] = Counter()
         self.on_cpu = device.type == "cpu"
-        self.one = torch.ones((), dtype=torch.float32, device=device)  # the fused check takes no other
+        # Whatever the default dtype is, the fused check takes float32.
+        self.one = torch.ones((), dtype=torch.float32, device=device)
         self.found = torch.zeros((), dtype=torch.float32, device=device)
         self.late: dict[str, LateCheck] = {}
 
