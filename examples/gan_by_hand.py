@@ -1,7 +1,5 @@
 """A GAN in a hand-written loop: `strategy.gradient` is data-parallel forward and backward."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,9 +19,6 @@ def circle(points: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(points, 2)
 
 
-Loss = Callable[[nn.ModuleDict, tuple[Tensor, Tensor]], Tensor]
-
-
 def critic_loss(gan: nn.ModuleDict, batch: tuple[Tensor, Tensor]) -> Tensor:
     real, noise = batch
     fake = gan["generator"](noise)
@@ -38,22 +33,19 @@ def main(strategy: Strategy | None = None, steps: int = 600) -> float:
     """Train, and return how far generated points are from the circle, on average."""
     torch.manual_seed(0)
     gan = nn.ModuleDict({"generator": network(4, 2), "critic": network(2, 1)})
-    rates: list[tuple[str, float, Loss]] = [
-        ("critic", 5e-3, critic_loss),
-        ("generator", 2e-3, generator_loss),
-    ]
-    optimizers = {n: torch.optim.Adam(gan[n].parameters(), lr, (0.5, 0.99)) for n, lr, _ in rates}
+    critic_adam = torch.optim.Adam(gan["critic"].parameters(), lr=5e-3, betas=(0.5, 0.99))
+    generator_adam = torch.optim.Adam(gan["generator"].parameters(), lr=2e-3, betas=(0.5, 0.99))
     with strategy or ThreadDataParallel(threads=2) as parallel:
         for _ in range(steps):
             batch = (circle(128), torch.randn(128, 4))
-            for name, _, loss_fn in rates:
-                parameters = list(gan[name].parameters())
+            for adam, loss_fn in (critic_adam, critic_loss), (generator_adam, generator_loss):
+                parameters = adam.param_groups[0]["params"]
                 _, gradients = parallel.gradient(loss_fn, gan, batch, parameters)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
-                optimizers[name].step()
+                adam.step()
     with torch.no_grad():
-        return (gan["generator"](torch.randn(2000, 4)).norm(dim=1) - 1).abs().mean().item()
+        return float((gan["generator"](torch.randn(2000, 4)).norm(dim=1) - 1).abs().mean())
 
 
 if __name__ == "__main__":

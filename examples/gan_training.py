@@ -17,8 +17,7 @@ def network(inputs: int, outputs: int) -> nn.Module:
 class GAN(LoopModule):
     def __init__(self) -> None:
         super().__init__()
-        self.generator = network(4, 2)
-        self.critic = network(2, 1)
+        self.generator, self.critic = network(4, 2), network(2, 1)
 
     def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {
@@ -46,15 +45,14 @@ def main(strategy: Strategy | None = None, epochs: int = 20) -> float:
     """Train, and return how far generated points are from the circle, on average."""
     torch.manual_seed(0)
     gan = GAN()
-    trainer = Trainer(
+    Trainer(
         strategy=strategy or SingleDevice(),
         max_epochs=epochs,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
-    )
-    trainer.fit(gan, circle(4096))
+    ).fit(gan, circle(4096))
     with torch.no_grad():
-        return (gan.generator(torch.randn(2000, 4)).norm(dim=1) - 1).abs().mean().item()
+        return float((gan.generator(torch.randn(2000, 4)).norm(dim=1) - 1).abs().mean())
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main(threads: int | None = 2, steps: int = 600) -> float:
         failure.backward(inputs=list(generator.parameters()))  # the critic's are not needed
         generator_adam.step()
     with torch.no_grad():
-        return (generator(torch.randn(2000, 4)).norm(dim=1) - 1).abs().mean().item()
+        return float((generator(torch.randn(2000, 4)).norm(dim=1) - 1).abs().mean())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ STYLE = """
   .middle { text-anchor: middle; }
   .strong { font-weight: 600; }
   .thin { fill: none; stroke: var(--soft); stroke-width: 1.2; }
-  .kept { fill: none; stroke: var(--second); stroke-width: 1.8; stroke-dasharray: 1 5; stroke-linecap: round; }
+  .kept { fill: none; stroke: var(--second); stroke-width: 1.8;
+          stroke-dasharray: 1 5; stroke-linecap: round; }
 """
 
 
@@ -62,10 +63,10 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{words}</text>'
 
 
-def box(x: float, y: float, width: float, height: float, fill: str, round: float = 7) -> str:
+def box(x: float, y: float, width: float, height: float, fill: str, corner: float = 7) -> str:
     """A filled rectangle."""
     return (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{round:g}" '
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{corner:g}" '
         f'fill="var(--{fill})"/>'
     )
 

@@ -34,10 +34,10 @@ class Loaders:
             yield LoaderBatches(zip(self.loaders, batches, strict=True))
 
     def __len__(self) -> int:
-        sizes = [len(loader) for loader in self.loaders.values() if isinstance(loader, Sized)]
-        if not sizes:
+        number = min(map(_number_of_batches, self.loaders.values()))
+        if number == math.inf:
             raise TypeError("none of these loaders says how many batches it has")
-        return min(sizes)
+        return int(number)
 
 
 class Batches:
@@ -66,6 +66,8 @@ class Batches:
         self.loader = as_loader(loader, name)
         self.name = name
         self.number = _limited(self.loader, name, limit)
+        # Without a limit the loader's end counts: what it says of its length may be an estimate.
+        self._limit = None if limit is None or self.number == math.inf else int(self.number)
         self.epochs = 0
         if epochs > 1 and (once := _one_shot(self.loader)) is not None:
             raise ValueError(
@@ -83,8 +85,7 @@ class Batches:
         """
         self.epochs += 1
         empty = True
-        limit = None if self.number == math.inf else int(self.number)
-        for batch in islice(self.loader, limit):
+        for batch in islice(self.loader, self._limit):
             empty = False
             yield batch
         if not empty:
@@ -113,7 +114,7 @@ def as_loader(loader: object, name: str) -> Iterable[Any]:
             f"{name} must be an iterable of batches, such as a DataLoader, or a dict of such, "
             f"got {type(loader).__name__}"
         )
-    if isinstance(loader, list | tuple) and any(isinstance(one, DataLoader) for one in loader):
+    if isinstance(loader, list | tuple) and loader and isinstance(loader[0], DataLoader):
         raise TypeError(
             f"{name} is a {type(loader).__name__} of loaders, whose items would be taken for "
             'batches: write {"name": loader, ...} for several loaders side by side'
@@ -123,10 +124,10 @@ def as_loader(loader: object, name: str) -> Iterable[Any]:
 
 def _limited(loader: Iterable[Any], name: str, limit: int | float | None) -> float:
     available = _number_of_batches(loader)
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
+    if limit is None or isinstance(limit, int):
+        return available if limit is None else min(limit, available)
+    if limit == 1.0:
         return available
-    if isinstance(limit, int):
-        return min(limit, available)
     if available == math.inf:
         raise ValueError(
             f"{name} does not say how many batches it has, so {limit} of them is no number: give "

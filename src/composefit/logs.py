@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
-from composefit.losses import SUMMED, Loss, describe
+from composefit.losses import SUMMED, Loss
 from composefit.module import Context, Logged, LogOptions
 
 
@@ -26,13 +27,18 @@ class LoggingShard(Protocol):
 
 
 class Logs:
-    """What was logged in a run: the last step's values, and running means over the epoch."""
+    """What was logged in a run: the last step's values, and running means over the epoch.
+
+    A value logged both per step and per epoch is called `loss_step` and `loss_epoch`, as in
+    Lightning. A metric's value is that of the epoch so far; it is reset when the epoch ends.
+    """
 
     def __init__(self) -> None:
+        self._options: dict[str, LogOptions] = {}
         self._steps: dict[str, _StepValue] = {}
         self._epochs: dict[str, _Running] = {}
-        self._finished: dict[str, float] = {}
-        self._options: dict[str, LogOptions] = {}
+        self._finished: dict[str, float] = {}  # the last epoch's
+        self._unwritten: dict[str, float] = {}
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -51,121 +57,146 @@ class Logs:
             self._add(name, entries)
 
     def add_hook(self, logs: dict[str, Logged]) -> None:
-        """Take what a hook has logged: it counts once, whatever the samples."""
+        """Take what hooks have logged: it counts once, whatever the samples."""
         for name, logged in logs.items():
-            self._options[name] = logged.options
-            value = _Value(name, [(logged.value, logged.weight or 1)])
+            value: _StepValue
+            if isinstance(logged.value, Metric):
+                value = _MetricValue(logged.value)
+            else:
+                weight = 1 if logged.weight is None else logged.weight
+                value = _Value([(logged.value, weight)])
             self._put(name, logged.options, value)
-        logs.clear()
 
     def _add(self, name: str, entries: list[tuple[LoggingShard, Logged]]) -> None:
         first, logged = entries[0]
-        options = self._options[name] = logged.options
-        value = logged.value
-        if isinstance(value, (Metric, MetricCollection)):
-            self._put(name, options, _MetricValue(first.owners(value)))
+        options = logged.options
+        if isinstance(logged.value, Metric):
+            self._put(name, options, _MetricValue(first.owners(logged.value)))
         elif len(entries) == 1 and not options.on_epoch:  # nobody needs a weight
-            self._steps[name] = _Value(name, [(value, 1)])
+            self._options[name] = options
+            self._steps[name] = _Value([(logged.value, 1)])
         else:
-            weighted = [
-                (one.value, shard.samples if one.weight is None else one.weight)
-                for shard, one in entries
-            ]
-            self._put(name, options, _Value(name, weighted))
+            weighted = [(one.value, _weight(one, shard, entries)) for shard, one in entries]
+            self._put(name, options, _Value(weighted))
 
     def _put(self, name: str, options: LogOptions, value: _StepValue) -> None:
+        self._options[name] = options
         if options.on_step:
             self._steps[name] = value
-        if options.on_epoch:
-            self._epochs.setdefault(name, _Running(options.on_step)).add(value)
+        if options.on_epoch or isinstance(value, _MetricValue):
+            self._epochs.setdefault(name, _Running()).add(value)
 
     # -- reading -------------------------------------------------------------------------------
 
     def step_values(self) -> dict[str, float]:
         """The last value of everything logged per step, for loggers; waits for the device."""
         return {
-            self._step_name(name): value.read()
+            self._name(name, "_step"): value.read()
             for name, value in self._steps.items()
             if self._options[name].logger
         }
 
-    def end_epoch(self) -> dict[str, float]:
-        """The means over the epoch, for loggers; a new epoch begins."""
-        found = {}
+    def end_epoch(self) -> None:
+        """The means over the epoch are known from now on, and a new epoch begins."""
+        values = {name: running.read() for name, running in self._epochs.items()}
+        # Not before all are read: one metric may be logged under several names.
         for name, running in self._epochs.items():
-            value = running.read()
-            self._finished[name] = value
-            if running.with_steps:
-                self._finished[f"{name}_epoch"] = value
-            if self._options[name].logger:
-                found[f"{name}_epoch" if running.with_steps else name] = value
+            if running.metric is not None:
+                running.metric.metric.reset()
+                if name in self._steps:
+                    self._steps[name] = _Number(values[name])
         self._epochs.clear()
+        for name, value in values.items():
+            options = self._options[name]
+            if options.on_epoch:
+                self._finished[name] = value
+                if options.logger:
+                    self._unwritten[self._name(name, "_epoch")] = value
+
+    def take_epoch(self) -> dict[str, float]:
+        """The means that are known since the last call, for loggers."""
+        found, self._unwritten = self._unwritten, {}
         return found
 
     def all_values(self) -> dict[str, float]:
-        """Everything known now by its name, as callbacks read it."""
-        steps = {name: value.read() for name, value in self._steps.items()}
-        return {**steps, **self._finished}
+        """Everything known now, as callbacks and schedulers read it; waits for the device.
+
+        Where a value is logged per step and per epoch, its plain name stands for the last epoch's.
+        """
+        found = {}
+        for name, value in self._steps.items():
+            found[name] = found[self._name(name, "_step")] = value.read()
+        for name, mean in self._finished.items():
+            found[name] = found[self._name(name, "_epoch")] = mean
+        return found
 
     def bar_values(self) -> dict[str, float]:
-        """What was logged with `prog_bar=True`."""
+        """What was logged with `prog_bar=True`, in the order in which it first came."""
         found = {}
-        for name in sorted(name for name, options in self._options.items() if options.prog_bar):
-            if name in self._steps:
+        for name, options in self._options.items():
+            if options.prog_bar and name in self._steps:
                 found[name] = self._steps[name].read()
-            elif name in self._finished:
+            elif options.prog_bar and name in self._finished:
                 found[name] = self._finished[name]
         return found
 
-    def _step_name(self, name: str) -> str:
-        running = self._epochs.get(name)
-        return f"{name}_step" if running is not None and running.with_steps else name
+    def _name(self, name: str, suffix: str) -> str:
+        options = self._options[name]
+        return name + suffix if options.on_step and options.on_epoch else name
+
+
+def _weight(logged: Logged, shard: LoggingShard, entries: Sequence[object]) -> float:
+    if logged.weight is not None:
+        return logged.weight
+    # A shard by itself needs no weight here: what counts samples got it when it was logged.
+    return shard.samples if len(entries) > 1 else 1
 
 
 class _StepValue(Protocol):
     def read(self) -> float: ...
 
 
+class _Number:
+    """A value that is known."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def read(self) -> float:
+        return self.value
+
+
 class _Value:
     """One value of each shard and its weight."""
 
-    __slots__ = ("name", "weighted")
+    __slots__ = ("weighted",)
 
-    def __init__(self, name: str, weighted: list[tuple[Any, Any]]) -> None:
-        self.name = name
+    def __init__(self, weighted: list[tuple[Any, float]]) -> None:
         self.weighted = weighted
 
     def totals(self) -> tuple[Any, Any]:
-        """The sum of the totals and of the weights; a weight of 0 stands for a plain sum."""
+        """The sum of the totals, and of the weights: None for a plain sum."""
         total: Any = 0.0
-        weight: Any = 0
+        weight: Any = None
         for value, samples in self.weighted:
             if isinstance(value, Loss):
-                if len(value.terms) != 1:
-                    raise ValueError(
-                        f"self.log({self.name!r}, ...) expects one Mean or Sum, got {value!r}: log "
-                        "its terms under names of their own"
-                    )
                 (term,) = value.terms
-                own = term.total.detach()
-                if term.weight is SUMMED:
-                    total = total + own
+                value, own = term.total, term.weight
+                if own is SUMMED:
+                    total = total + value
                     continue
-                total = total + (own * samples if term.weight is None else own)
-                weight = weight + (samples if term.weight is None else term.weight)
-            elif isinstance(value, (Tensor, int, float)):
-                total = total + value * samples
-                weight = weight + samples
-            else:
-                raise TypeError(
-                    f"self.log({self.name!r}, ...) expects a number, a 0-dim tensor, Mean, Sum or "
-                    f"a torchmetrics Metric, got {describe(value)}"
-                )
+                if own is not None:
+                    total = total + value
+                    weight = own if weight is None else weight + own
+                    continue
+            total = total + value * samples
+            weight = samples if weight is None else weight + samples
         return total, weight
 
     def read(self) -> float:
-        total, weight = self.totals()
-        return _number(total) / (_number(weight) or 1.0)
+        return _mean(*self.totals())
 
 
 class _MetricValue:
@@ -173,51 +204,66 @@ class _MetricValue:
 
     __slots__ = ("metric",)
 
-    def __init__(self, metric: Any) -> None:
+    def __init__(self, metric: Metric) -> None:
         self.metric = metric
 
     def read(self) -> float:
-        return _number(self.metric.compute())
+        return float(self.metric.compute())
 
 
 class _Running:
     """A mean over an epoch."""
 
-    def __init__(self, with_steps: bool) -> None:
-        self.with_steps = with_steps
+    #: So many values are kept before they are added up: memory does not grow with the epoch.
+    KEPT = 256
+
+    def __init__(self) -> None:
         self.values: list[_Value] = []
-        self.total = 0.0
-        self.weight = 0.0
-        self.metric: Any = None
+        self.total: Any = 0.0
+        self.weight: Any = None
+        self.metric: _MetricValue | None = None
 
     def add(self, value: Any) -> None:
         if isinstance(value, _MetricValue):
-            self.metric = value.metric
+            self.metric = value
             return
         self.values.append(value)
-        if len(self.values) >= 256:  # so that memory does not grow with the epoch
+        if len(self.values) >= self.KEPT:
             self._fold()
 
     def _fold(self) -> None:
-        for value in self.values:
-            total, weight = value.totals()
-            self.total += _number(total)
-            self.weight += _number(weight)
+        totals, weights = zip(*(value.totals() for value in self.values), strict=True)
+        self.total = _sum([self.total, *totals])
+        known = [weight for weight in (self.weight, *weights) if weight is not None]
+        self.weight = _sum(known) if known else None
         self.values.clear()
 
     def read(self) -> float:
         if self.metric is not None:
-            value = _number(self.metric.compute())
-            self.metric.reset()
-            return value
-        self._fold()
-        return self.total / (self.weight or 1.0)
+            return self.metric.read()
+        if self.values:
+            self._fold()
+        return _mean(self.total, self.weight)
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, Mapping):
-        raise TypeError(
-            "a MetricCollection cannot be logged under one name: log its metrics, "
-            "self.log_dict(dict(collection.items()))"
-        )
-    return float(value)
+def _mean(total: Any, weight: Any) -> float:
+    if weight is None:
+        return float(total)
+    denominator = float(weight)
+    return float(total) / denominator if denominator else float("nan")
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    """In double precision; what is on a GPU is added up there, and nobody waits for it."""
+    total = 0.0
+    far: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            far.append(value)
+        else:
+            total += float(value)
+    if not far:
+        return total
+    device = far[0].device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack([value.to(device, dtype) for value in far]).sum() + total

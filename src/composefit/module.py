@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric, MetricCollection
 
 from composefit.effects import Effect, Reduce
-from composefit.losses import Loss, describe
+from composefit.losses import Loss, Term, describe
 from composefit.random import SampleRandom
 from composefit.updates import OnlyUpdate, Update
 
@@ -154,17 +155,21 @@ class LoopModule(nn.Module):
 
         Args:
             name: its name; logged twice in a step, the last one counts.
-            value: a number, a 0-dim tensor (it is detached), `Mean`, `Sum`, or a torchmetrics
-                `Metric`, whose states are merged over the shards, not averaged.
+            value: a number, a 0-dim tensor, `Mean`, `Sum`, or a torchmetrics `Metric`, whose states
+                are merged over the shards, not averaged. A metric stands for the epoch so far, and
+                is reset when the epoch ends.
             prog_bar: show it in the progress bar.
             logger: hand it to the logger.
-            on_step: hand over the step's value (default: in training).
-            on_epoch: hand over the mean over the epoch (default: in evaluation).
+            on_step: hand over the step's value (default: in a training step, and in hooks around
+                one).
+            on_epoch: hand over the mean over the epoch (default: elsewhere); of a `Sum`, the sum.
             batch_size: the weight of this value, in samples (default: the shard's).
 
         Raises:
-            RuntimeError: outside a step.
-            ValueError: a tensor that is not 0-dim.
+            RuntimeError: outside a step or hook.
+            TypeError: a value of another type.
+            ValueError: a tensor that is not 0-dim, a sum of `Mean`s, or neither `on_step` nor
+                `on_epoch`.
         """
         context = self._in_step("self.log")
         if isinstance(value, Tensor):
@@ -173,19 +178,24 @@ class LoopModule(nn.Module):
                     f"self.log({name!r}, ...) expects one number, got shape {tuple(value.shape)}: "
                     "log its mean, or one value under a name of its own each"
                 )
-            value = value.detach()
+            # A copy: `loss += penalty` afterwards, or a parameter's update, would change it.
+            value = value.detach().clone()
+        elif isinstance(value, Loss):
+            value = _one_term(name, value)
+        elif not isinstance(value, (int, float, Metric)):
+            raise _not_loggable(name, value)
         options = _options(
             prog_bar,
             logger,
             context.training if on_step is None else on_step,
             not context.training if on_epoch is None else on_epoch,
         )
-        if options.on_epoch and batch_size is None and context.samples is not None:
-            batch_size = context.samples()
+        if batch_size is None and options.on_epoch and context.samples is not None:
+            batch_size = _samples(value, context.samples)
         context.logs[name] = Logged(value, batch_size, options)
 
     def log_dict(self, values: Mapping[str, Any], **options: Any) -> None:
-        """`self.log` for each item, with the same options."""
+        """`self.log` for each item, with the same options; also of a `MetricCollection`."""
         for name, value in values.items():
             self.log(name, value, **options)
 
@@ -328,7 +338,37 @@ class LoopModule(nn.Module):
 
 @functools.lru_cache(maxsize=256)
 def _options(prog_bar: bool, logger: bool, on_step: bool, on_epoch: bool) -> LogOptions:
+    if not on_step and not on_epoch:
+        raise ValueError("self.log(on_step=False, on_epoch=False) logs nothing: one must be True")
     return LogOptions(prog_bar, logger, on_step, on_epoch)
+
+
+def _one_term(name: str, loss: Loss) -> Loss:
+    """A logged `Mean` or `Sum` without its graph, which would be kept as long as the value."""
+    if len(loss.terms) != 1:
+        raise ValueError(
+            f"self.log({name!r}, ...) expects one Mean or Sum, got {loss!r}: log its terms under "
+            "names of their own"
+        )
+    (term,) = loss.terms
+    return Loss((Term(term.total.detach().clone(), term.weight),))
+
+
+def _samples(value: object, samples: Callable[[], int]) -> int | None:
+    """The weight of a value in an epoch's mean; a size is not asked where nobody needs it."""
+    if isinstance(value, Metric) or (isinstance(value, Loss) and value.terms[0].weight is not None):
+        return None
+    return samples()
+
+
+def _not_loggable(name: str, value: object) -> TypeError:
+    hint = ""
+    if isinstance(value, MetricCollection):
+        hint = ": a collection is several values, write self.log_dict(collection)"
+    return TypeError(
+        f"self.log({name!r}, ...) expects a number, a 0-dim tensor, Mean, Sum or a torchmetrics "
+        f"Metric, got {describe(value)}{hint}"
+    )
 
 
 # -- reading what a step hands over ------------------------------------------------------------
@@ -387,22 +427,26 @@ def unknown_optimizer(name: object, known: list[str]) -> ValueError:
     return ValueError(f"there is no optimizer {name!r}: configure_optimizers named {known}{hint}")
 
 
-class _Dropped(threading.local):
-    name: str | None = None
+class _Running(threading.local):
+    """In each thread: the step that runs, and the helper that it dropped."""
+
+    step: object = None
+    dropped: str | None = None
 
 
-_dropped = _Dropped()
+_running = _Running()
 
 
 class Helper:
     """What a generator method of a LoopModule returns: it notices when nobody runs it."""
 
-    __slots__ = ("generator", "name", "started")
+    __slots__ = ("generator", "name", "started", "step")
 
     def __init__(self, generator: Generator[Any, Any, Any], name: str) -> None:
         self.generator = generator
         self.name = name
         self.started = False
+        self.step = _running.step
 
     def __iter__(self) -> Iterator[Any]:
         self.started = True
@@ -423,15 +467,22 @@ class Helper:
         self.generator.close()
 
     def __del__(self) -> None:
-        if not self.started:
-            _dropped.name = self.name
+        # One that a fault left in a traceback may die within any later step, whose fault it is not.
+        if not self.started and self.step is _running.step:
+            _running.dropped = self.name
+
+
+def watch_helpers(step: object) -> None:
+    """This thread now runs this step: `dropped_helper` will tell of no other step's helpers."""
+    _running.step = step
+    _running.dropped = None
 
 
 def dropped_helper() -> str | None:
-    """The name of a generator method that was called in this thread and never run."""
-    name = _dropped.name
+    """The name of a generator method that this step has called in this thread and never run."""
+    name = _running.dropped
     if name is not None:
-        _dropped.name = None
+        _running.dropped = None
     return name
 
 

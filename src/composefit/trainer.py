@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from composefit import checkpoint, tree
+from composefit import arguments, checkpoint, tree
 from composefit.callbacks import Callback, LastCheckpoint, ModelSummary, ProgressBar
-from composefit.data import Batches, as_loader, number_of_batches
+from composefit.data import Batches
 from composefit.hooks import HookCaller
 from composefit.lockstep.driver import Body, Lockstep
 from composefit.lockstep.scatter import batch_size
 from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import OnNonfinite, Stepper
-from composefit.loggers import CSVLogger, Logger
+from composefit.loggers import Logger
 from composefit.logs import Logs
 from composefit.loops import EvaluateLoop, FitLoop, TrainEpochLoop
-from composefit.losses import describe
-from composefit.module import Context, LoopModule
+from composefit.module import Logged, LoopModule
 from composefit.optimizers import ClipAlgorithm, NamedOptimizer, Schedule, read_optimizers
 from composefit.precision import Precision
 from composefit.strategies import Strategy, choose
@@ -73,6 +72,7 @@ class Trainer:
         current_epoch: the epoch that runs, from 0.
         updates: name -> how often an optimizer was updated.
         optimizers: name -> optimizer with its schedulers and clipping.
+        samples_seen: the samples trained on; None where nobody knows how many there are.
         should_stop: set it to end the fit after the step that runs.
         call: `call(hook, *arguments)` runs a hook of the callbacks, then of the module.
     """
@@ -102,43 +102,41 @@ class Trainer:
         on_nonfinite: OnNonfinite = "raise",
         **unknown: Any,
     ) -> None:
-        _refuse_unknown(unknown)
+        arguments.refuse_unknown(Trainer.__init__, unknown)
+        count, flag = arguments.count, arguments.flag
         self.strategy = choose(strategy)
         self.precision = Precision.of(precision)
-        self.max_epochs = _count("max_epochs", max_epochs, least=0, none=True)
-        self.max_steps = _count("max_steps", max_steps, least=-1)
+        self.max_epochs = count("max_epochs", max_epochs, least=0, none=True)
+        self.max_steps = count("max_steps", max_steps, least=-1)
         if max_epochs is None and self.max_steps < 0:
             self.max_epochs = 1000
         elif self.max_epochs == -1:
             self.max_epochs = None
-        self.accumulate_grad_batches = _count("accumulate_grad_batches", accumulate_grad_batches)
-        self.microbatch_size = _count("microbatch_size", microbatch_size, none=True)
-        self.gradient_clip_val = _positive("gradient_clip_val", gradient_clip_val)
+        self.accumulate_grad_batches = count("accumulate_grad_batches", accumulate_grad_batches)
+        self.microbatch_size = count("microbatch_size", microbatch_size, none=True)
+        self.gradient_clip_val = arguments.positive("gradient_clip_val", gradient_clip_val)
         if gradient_clip_algorithm not in (None, "norm", "value"):
             raise ValueError(
                 "gradient_clip_algorithm must be 'norm' or 'value', "
                 f"got {gradient_clip_algorithm!r}"
             )
         self.gradient_clip_algorithm: ClipAlgorithm = gradient_clip_algorithm or "norm"
-        self.limit_train_batches = _limit("limit_train_batches", limit_train_batches)
-        self.limit_val_batches = _limit("limit_val_batches", limit_val_batches)
-        self.log_every_n_steps = _count("log_every_n_steps", log_every_n_steps)
+        self.limit_train_batches = arguments.limit("limit_train_batches", limit_train_batches)
+        self.limit_val_batches = arguments.limit("limit_val_batches", limit_val_batches)
+        self.log_every_n_steps = count("log_every_n_steps", log_every_n_steps)
         if on_nonfinite not in ("raise", "skip", "ignore"):
             raise ValueError(
                 f"on_nonfinite must be 'raise', 'skip' or 'ignore', got {on_nonfinite!r}"
             )
         self.on_nonfinite = on_nonfinite
-        self.default_root_dir = _path("default_root_dir", default_root_dir)
-        self.seed = _count("seed", seed, least=0, none=True)
-        self.deterministic = _flag("deterministic", deterministic)
-        self.callbacks = _callbacks(callbacks)
-        if _flag("enable_model_summary", enable_model_summary):
-            self.callbacks.append(ModelSummary())
-        if _flag("enable_progress_bar", enable_progress_bar):
-            self.callbacks.append(ProgressBar())
-        if _flag("enable_checkpointing", enable_checkpointing):
-            self.callbacks.append(LastCheckpoint())
-        self.loggers = self._loggers(logger)
+        self.default_root_dir = arguments.path("default_root_dir", default_root_dir)
+        self.seed = count("seed", seed, least=0, none=True)
+        self.deterministic = flag("deterministic", deterministic)
+        self.callbacks = arguments.callbacks(callbacks)
+        self._bring_along(ModelSummary, flag("enable_model_summary", enable_model_summary))
+        self._bring_along(ProgressBar, flag("enable_progress_bar", enable_progress_bar))
+        self._bring_along(LastCheckpoint, flag("enable_checkpointing", enable_checkpointing))
+        self.loggers = arguments.loggers(logger, self.default_root_dir)
 
         self.global_step = 0
         self.should_stop = False
@@ -152,17 +150,15 @@ class Trainer:
         self.samples_seen: int | None = 0
         self.logs = self._current_logs = Logs()
         self.evaluation_logs = Logs()
-        self._epoch_values: dict[str, float] = {}
+        self.call: HookCaller
         self._sessions: ExitStack | None = None
         self._training: Lockstep | None = None
         self._evaluating: Lockstep | None = None
         self._stepper: Stepper | None = None
-        self.call = HookCaller(self, None, self.callbacks, self._heard)
-        self._hook_context = Context(None)
-        self._hook_context.training = False  # what hooks log counts once an epoch
-        self._epoch_updates: dict[str, int] = {}
+        self._monitors: list[tuple[str, Schedule]] = []
+        self._epoch_updates: Counter[str] = Counter()
         self._epoch_steps = 0
-        self._samples_per_step: int | None = None
+        self._samples_per_batch: int | None = None
 
     # -- what a user calls ---------------------------------------------------------------------
 
@@ -185,24 +181,26 @@ class Trainer:
             TypeError, ValueError: module, optimizers or loaders that cannot be, before any work.
             Whatever the module's code raises, with a note of the shard, effect and step.
         """
-        train = Batches(as_loader(train_dataloaders, "train_dataloaders"), "train_dataloaders")
+        # With a limit of steps one epoch may be all there is: an endless stream will do then.
+        no_limit = math.inf if self.max_epochs is None else self.max_epochs
+        epochs = 1 if self.max_steps >= 0 else no_limit
+        train = Batches(train_dataloaders, "train_dataloaders", self.limit_train_batches, epochs)
         self._check(module, "training_step", "configure_optimizers")
-        self._start_run()
+        val = None
+        if val_dataloaders is not None:
+            val = Batches(val_dataloaders, "val_dataloaders", self.limit_val_batches, epochs)
+            self._check(module, "validation_step")
         with self._running(module, "fit"):
-            self._prepare_training(module)
-            self.num_training_batches = _limited(train, self.limit_train_batches)
+            self._start_training(module)
+            self.num_training_batches = train.number
             epoch = TrainEpochLoop(
                 self,
                 module,
                 train,
-                self.num_training_batches,
                 self.accumulate_grad_batches,
                 math.inf if self.max_steps < 0 else self.max_steps,
             )
-            validate = None
-            if val_dataloaders is not None:
-                self._check(module, "validation_step")
-                validate = self.validate_loop = self._evaluation(module, val_dataloaders)
+            validate = None if val is None else self._evaluation(module, val)
             self.fit_loop = FitLoop(self, self.max_epochs, epoch, validate)
             self.fit_loop.run()
             assert self._stepper is not None
@@ -218,33 +216,41 @@ class Trainer:
         Returns:
             name -> the mean over the loader of what was logged, weighted by samples.
         """
+        val = Batches(dataloaders, "val_dataloaders", self.limit_val_batches)
         self._check(module, "validation_step")
-        self._fresh_logs()
         with self._running(module, "validate"):
             self.strategy.place(module, self.precision.dtype)
-            loop = self._evaluation(module, dataloaders)
-            return loop.run()
+            return self._evaluation(module, val).run()
 
-    def step(self, module: LoopModule, batches: Sequence[Any], batch_idx: int = 0) -> Any:
+    def step(self, module: LoopModule, batches: list[Any], batch_idx: int = 0) -> Any:
         """One training step over these loader batches: what a loop calls.
 
-        Outside of `fit` it prepares the module at the first call: optimizers are made, parameters
-        placed.
+        Outside of `fit` it goes on where the last call, or the last `fit` of this module, ended;
+        with a new module it begins: optimizers are made, parameters placed, counters are zero.
 
         Args:
             module: is trained.
-            batches: the loader batches of the step (one, without accumulation).
+            batches: a list of the loader batches of the step (one, without accumulation).
             batch_idx: the index of the first of them.
 
         Returns:
             name of each updated optimizer -> its reduced loss (0-dim, detached, on its device);
             `{"loss": loss}` where there is one optimizer.
+
+        Raises:
+            TypeError: `batches` is no list.
+            Whatever the module's code raises, with a note of the shard, effect and step.
         """
+        if not isinstance(batches, list):
+            # A tuple (x, y) would be taken for two batches, a tensor for as many as it has rows.
+            raise TypeError(
+                f"trainer.step expects a list of loader batches, got {type(batches).__name__}: "
+                "write trainer.step(module, [batch])"
+            )
         if self.module is not module or self._training is None:
             self._check(module, "training_step", "configure_optimizers")
-            self._start_run()
             self._attach(module)
-            self._prepare_training(module)
+            self._start_training(module)
         driver = self._training
         assert driver is not None
         shards = driver.step(batches, batch_idx, self.global_step)
@@ -253,6 +259,8 @@ class Trainer:
         if self.samples_seen is not None:
             self._count_samples(shards, batches)
         self.logs.add(shards)
+        if self._monitors:
+            self._step_monitors()
         if self.loggers and self.global_step % self.log_every_n_steps == 0:
             self._write(self.logs.step_values())
         losses = driver.losses
@@ -263,11 +271,13 @@ class Trainer:
     def evaluate(self, module: LoopModule, batch: Any, batch_idx: int = 0) -> Any:
         """One evaluation step: what a loop calls; what the step returned, joined over shards."""
         driver = self._evaluating
-        if driver is None:
+        if driver is None or driver.owner is not module:
             body = Body.method(module, "validation_step", training=False)
             driver = self._evaluating = self._driver(module, body, None)
         shards = driver.step([batch], batch_idx, batch_idx)
         self.evaluation_logs.add(shards)
+        if self.loggers and (batch_idx + 1) % self.log_every_n_steps == 0:
+            self._write(self.evaluation_logs.step_values())
         outputs = [shard.output for shard in shards]
         return outputs[0] if len(outputs) == 1 else tree.join(outputs)
 
@@ -342,60 +352,48 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """The end of a training epoch: means, schedulers by epoch, and what went unused."""
-        self._epoch_values = self.logs.end_epoch()
-        stepper = self._stepper
-        assert stepper is not None
-        done = {n: stepper.updates[n] - self._epoch_updates.get(n, 0) for n in stepper.updates}
-        self._epoch_updates = dict(stepper.updates)
-        if self._epoch_steps and not any(done.values()):
-            warnings.warn(
-                f"none of the {self._epoch_steps} steps of epoch {self.current_epoch} updated "
-                "anything: training_step returned None, or ended without a yield, each time"
-                + _left_out(stepper.left_out.total()),
-                stacklevel=2,
-            )
-        elif self._epoch_steps:
-            for name, count in done.items():
-                if not count:
-                    warnings.warn(
-                        f"optimizer {name!r} was never updated in epoch {self.current_epoch}: no "
-                        f"step yielded {{{name!r}: loss}}" + _left_out(stepper.left_out[name]),
-                        stacklevel=2,
-                    )
-        self._epoch_steps = 0
-        stepper.left_out.clear()
+        self.logs.end_epoch()
+        self._warn_of_idle()
         for one in self.optimizers.values():
             for schedule in one.schedulers:
                 if schedule.interval == "epoch" and schedule.due(self.current_epoch + 1):
                     self._step_schedule(one.name, schedule)
 
-    def begin_evaluation(self) -> None:
-        """The start of a validation: what is logged from now on is its own."""
-        self._current_logs = self.evaluation_logs
-
-    def end_evaluation(self) -> dict[str, float]:
-        """The end of a validation: its means, also handed to the loggers."""
-        values = self.evaluation_logs.end_epoch()
-        self._current_logs = self.logs
-        self._write(values)
-        return values
-
     def write_epoch(self) -> None:
-        """Hand the epoch's means to the loggers."""
-        self._write(self._epoch_values | self.logs.end_epoch())
+        """Hand the epoch's means to the loggers, with what hooks have logged at its end."""
+        self.logs.end_epoch()
+        self._write(self.logs.take_epoch())
+
+    @contextmanager
+    def evaluation(self, module: LoopModule) -> Iterator[None]:
+        """Around a validation: no gradients, all parts in evaluation mode, logs of its own."""
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
+        self._current_logs = self.evaluation_logs
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._current_logs = self.logs
+            for part, training in modes.items():
+                part.training = training
+
+    def end_evaluation(self) -> None:
+        """The end of a validation: its means are known."""
+        self.evaluation_logs.end_epoch()
+
+    def write_evaluation(self) -> dict[str, float]:
+        """Hand a validation's means to the loggers, with what hooks have logged at its end."""
+        self.evaluation_logs.end_epoch()
+        self._write(self.evaluation_logs.take_epoch())
+        return self.evaluation_logs.all_values()
 
     # -- building ------------------------------------------------------------------------------
 
-    def _loggers(self, logger: bool | Logger | Sequence[Logger] | None) -> list[Logger]:
-        if logger is True:
-            return [CSVLogger(self.default_root_dir)]
-        if not logger:
-            return []
-        found = list(logger) if isinstance(logger, Sequence) else [logger]
-        for one in found:
-            if not isinstance(one, Logger):
-                raise TypeError(f"logger must be True, False or loggers, got {one!r}")
-        return found
+    def _bring_along(self, kind: type[Callback], enabled: bool) -> None:
+        """Add a callback of the trainer's own, unless the user has passed one of its class."""
+        if enabled and not any(isinstance(one, kind) for one in self.callbacks):
+            self.callbacks.append(kind())
 
     def _check(self, module: object, *methods: str) -> None:
         """Refuse what cannot be run, before any work."""
@@ -417,56 +415,76 @@ class Trainer:
                     f"{type(module).__name__} defines no {method}; write\n\n" + _EXAMPLES[method]
                 )
 
-    def _start_run(self) -> None:
-        self.global_step = 0
-        self.should_stop = False
-        self.samples_seen = 0
-        self._fresh_logs()
-        self._epoch_updates = {}
-        self._epoch_steps = 0
-        self._samples_per_step = None
-        self.fit_loop = self.validate_loop = None
-
     def _attach(self, module: LoopModule) -> None:
-        self.module = module
-        self._training = self._evaluating = self._stepper = None
+        if self.module is not module:
+            self.module = module
+            self._training = self._stepper = None
+            self.optimizers = {}
+        self._evaluating = None
+        self.evaluation_logs = Logs()
         module.trainer = self
-        self.call = HookCaller(self, module, self.callbacks, self._heard)
+        self.call = HookCaller(self, module, self.callbacks, self._hear)
 
     @contextmanager
     def _running(self, module: LoopModule, stage: str) -> Iterator[None]:
-        """Around a run: seed, hooks' context, exceptions told to callbacks, everything put back."""
+        """Around a run: seed and settings, exceptions told to callbacks, everything put back."""
+        if self._sessions is not None:
+            raise RuntimeError(
+                f"this trainer is running already: {stage} cannot be called from its hooks or "
+                "steps; use another Trainer there"
+            )
         self._attach(module)
-        self._hook_context.logs = {}
-        status = "failed"
         with ExitStack() as stack:
             stack.enter_context(self.strategy.session())
             if self.seed is not None:
                 torch.manual_seed(self.seed)
             if self.deterministic:
                 stack.enter_context(_deterministic())
-            vars(module)["_context"] = self._hook_context
-            stack.callback(vars(module).__setitem__, "_context", None)
             self._sessions = stack
+            stack.callback(setattr, self, "_sessions", None)
             try:
                 self.call("setup", stage)
                 yield
-                status = "finished"
             except BaseException as error:
-                self.call("on_exception", error)
+                for hook in self.call.hooks("on_exception", 1):
+                    _despite(error, partial(hook, error))
+                self._wind_up(stage, error)
                 raise
-            finally:
-                self._sessions = None
-                self.call("teardown", stage)
-                for logger in self.loggers:
-                    logger.finalize(status)
+            self._wind_up(stage, None)
 
-    def _prepare_training(self, module: LoopModule) -> None:
+    def _wind_up(self, stage: str, error: BaseException | None) -> None:
+        """Tear down everything, whatever a part of it raises: the first error is the one raised."""
+        status = "finished" if error is None else "failed"
+        hooks = [partial(hook, stage) for hook in self.call.hooks("teardown", 1)]
+        for task in [*hooks, *(partial(one.finalize, status) for one in self.loggers)]:
+            if error is not None:
+                _despite(error, task)
+                continue
+            try:
+                task()
+            except Exception as raised:
+                error = raised
+        if error is not None and status == "finished":
+            raise error
+
+    def _start_training(self, module: LoopModule) -> None:
+        """New counters, logs and optimizers; the weights stay."""
+        self.global_step = 0
+        self.should_stop = False
+        self.samples_seen = 0
+        self.logs = self._current_logs = Logs()
+        self.fit_loop = self.validate_loop = None
+        self._monitors.clear()
+        self._epoch_updates.clear()
+        self._epoch_steps = 0
+        self._samples_per_batch = None
         self.strategy.place(module, self.precision.dtype)
         self.optimizers = read_optimizers(module.configure_optimizers(), module)
         for one in self.optimizers.values():
             if one.gradient_clip_val is None:
                 one.gradient_clip_val = self.gradient_clip_val
+            if one.gradient_clip_val == math.inf:
+                one.gradient_clip_val = None
             if one.gradient_clip_algorithm is None:
                 one.gradient_clip_algorithm = self.gradient_clip_algorithm
         self._stepper = Stepper(
@@ -480,7 +498,8 @@ class Trainer:
         )
         body = Body.method(module, "training_step", training=True)
         self._training = self._driver(module, body, self._stepper)
-        module.train()
+        if not module.training:  # else parts in evaluation mode, a frozen teacher say, stay in it
+            module.train()
 
     def _driver(self, module: LoopModule, body: Body, stepper: Stepper | None) -> Lockstep:
         seed = torch.initial_seed() if self.seed is None else self.seed
@@ -491,41 +510,64 @@ class Trainer:
             self._sessions.enter_context(driver.session())
         return driver
 
-    def _evaluation(self, module: LoopModule, dataloaders: Any) -> EvaluateLoop:
-        batches = Batches(as_loader(dataloaders, "val_dataloaders"), "val_dataloaders")
-        self.num_val_batches = _limited(batches, self.limit_val_batches)
-        return EvaluateLoop(self, module, batches, self.num_val_batches)
+    def _evaluation(self, module: LoopModule, batches: Batches) -> EvaluateLoop:
+        self.num_val_batches = batches.number
+        self.validate_loop = EvaluateLoop(self, module, batches)
+        return self.validate_loop
 
     # -- counting and logging ------------------------------------------------------------------
 
-    def _fresh_logs(self) -> None:
-        self.logs = self._current_logs = Logs()
-        self.evaluation_logs = Logs()
-
     def _count_samples(self, shards: Sequence[Shard], batches: Sequence[Any]) -> None:
-        """For samples per second; the size of a batch that nobody cut is asked once."""
-        assert self.samples_seen is not None
-        if len(shards) > 1:
-            self.samples_seen += sum(shard.samples for shard in shards)
-            return
-        if self._samples_per_step is None:
-            try:
-                assert self.module is not None
-                self._samples_per_step = sum(batch_size(self.module, b) for b in batches)
-            except (TypeError, ValueError):  # nobody needs the size, so nobody had to tell
+        """For samples per second; the size of batches that nobody cut is asked once at most."""
+        assert self.samples_seen is not None and self.module is not None
+        sizes = [shard.known_samples for shard in shards]
+        if None in sizes:
+            sizes = [self._samples_per_batch] * len(batches)
+        if None in sizes:
+            if not any(isinstance(one, ProgressBar) for one in self.callbacks):
                 self.samples_seen = None
                 return
-        self.samples_seen += self._samples_per_step
+            try:
+                sizes = [batch_size(self.module, batch) for batch in batches]
+            except Exception:  # no step needs the size, so the module need not tell it
+                self.samples_seen = None
+                return
+            self._samples_per_batch = sizes[0]
+        self.samples_seen += sum(size for size in sizes if size is not None)
 
     def _write(self, values: dict[str, float]) -> None:
         if values:
             for logger in self.loggers:
                 logger.log_metrics({"epoch": self.current_epoch, **values}, self.global_step)
 
-    def _heard(self) -> None:
+    def _hear(self, logs: dict[str, Logged]) -> None:
         """After hooks: take what they have logged."""
-        if self._hook_context.logs:
-            self._current_logs.add_hook(self._hook_context.logs)
+        self._current_logs.add_hook(logs)
+
+    def _warn_of_idle(self) -> None:
+        """Warn of optimizers that no step of the epoch has updated."""
+        stepper = self._stepper
+        assert stepper is not None
+        idle = [n for n, updates in stepper.updates.items() if updates == self._epoch_updates[n]]
+        if self._epoch_steps and len(idle) == len(stepper.updates):
+            warnings.warn(
+                f"none of the {self._epoch_steps} steps of epoch {self.current_epoch} updated "
+                "anything: training_step returned None, or ended without a yield, each time"
+                + _left_out(stepper.left_out.total()),
+                stacklevel=3,
+            )
+        elif self._epoch_steps:
+            for name in idle:
+                warnings.warn(
+                    f"optimizer {name!r} was never updated in epoch {self.current_epoch}: no "
+                    f"step yielded {{{name!r}: loss}}" + _left_out(stepper.left_out[name]),
+                    stacklevel=3,
+                )
+        self._epoch_updates = Counter(stepper.updates)
+        self._epoch_steps = 0
+        stepper.left_out.clear()
+
+    # -- an optimizer's step -------------------------------------------------------------------
 
     def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
         """Hooks before an optimizer's step; the stepper calls it."""
@@ -535,8 +577,17 @@ class Trainer:
         """Schedulers that count updates, and hooks after a step; the stepper calls it."""
         for schedule in self.optimizers[name].schedulers:
             if schedule.interval == "step" and schedule.due(self.updates[name]):
-                self._step_schedule(name, schedule)
+                if schedule.monitor is None:
+                    schedule.scheduler.step()
+                else:  # what this step logs is known at its end
+                    self._monitors.append((name, schedule))
         self.call("on_after_optimizer_step", optimizer, name)
+
+    def _step_monitors(self) -> None:
+        """At the end of a step: schedulers that count updates and look at a logged value."""
+        waiting, self._monitors = self._monitors, []
+        for name, schedule in waiting:
+            self._step_schedule(name, schedule)
 
     def _step_schedule(self, name: str, schedule: Schedule) -> None:
         if schedule.monitor is None:
@@ -553,6 +604,14 @@ class Trainer:
         if schedule.strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
+
+
+def _despite(error: BaseException, task: Callable[[], Any]) -> None:
+    """Run what has to be done after an error; an error of its own must not hide the first."""
+    try:
+        task()
+    except Exception as other:
+        error.add_note(f"then {other!r} was raised as well")
 
 
 def _left_out(count: int) -> str:
@@ -572,95 +631,6 @@ _EXAMPLES = {
         self.log("val_loss", F.cross_entropy(self.net(x), y))
 """,
 }
-
-
-# -- reading arguments -------------------------------------------------------------------------
-
-
-def _refuse_unknown(unknown: Mapping[str, Any]) -> None:
-    for name in unknown:
-        known = [p for p in inspect.signature(Trainer.__init__).parameters if p != "self"]
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known[:-1])}"
-        raise TypeError(f"Trainer() has no argument {name!r}; {hint}")
-
-
-def _count(name: str, value: Any, least: int = 1, none: bool = False) -> Any:
-    if value is None and none:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < least and not (name == "max_epochs" and value == -1):
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def _positive(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0 (None for no clipping), got {value}")
-    return float(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def _path(name: str, value: Any) -> Path:
-    if not isinstance(value, (str, Path)):
-        raise TypeError(f"{name} must be a path, got {value!r}")
-    return Path(value)
-
-
-def _limit(name: str, value: Any) -> int | float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number of batches or a fraction, got {value!r}")
-    if isinstance(value, int) and value < 1:
-        none = "; for no validation leave val_dataloaders out" if name == "limit_val_batches" else ""
-        raise ValueError(f"{name} must be at least 1 batch, got {value}{none}")
-    if isinstance(value, float) and not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} as a fraction must be above 0 and at most 1.0, got {value}")
-    return value
-
-
-def _limited(batches: Batches, limit: int | float | None) -> float:
-    """How many loader batches an epoch takes; infinity where nobody knows."""
-    available = number_of_batches(batches.loader)
-    if limit is None:
-        return available
-    if isinstance(limit, int):
-        return min(limit, available)
-    if available == math.inf:
-        raise ValueError(
-            f"{batches.name} does not say how many batches it has, so {limit} of them is no "
-            "number: give a whole number of batches"
-        )
-    return max(1, int(available * limit))
-
-
-def _callbacks(given: object) -> list[Callback]:
-    if given is None:
-        return []
-    found = [given] if isinstance(given, Callback) else given
-    if not isinstance(found, Iterable):
-        raise TypeError(f"callbacks must be Callbacks, got {describe(found)}")
-    found = list(found)
-    for i, callback in enumerate(found):
-        if not isinstance(callback, Callback):
-            hint = ""
-            if isinstance(callback, type) and issubclass(callback, Callback):
-                hint = f": write {callback.__name__}() with parentheses"
-            raise TypeError(
-                f"callbacks[{i}] must be a composefit.Callback, got {describe(callback)}{hint}"
-            )
-    return found
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """F19 to F28c: steps that cannot mean what they say."""
 
+import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from composefit import (
+    Callback,
     Gather,
     LoopModule,
     Mean,
@@ -20,7 +22,6 @@ from composefit import (
     SingleDevice,
     Strategy,
     ThreadDataParallel,
-    Trainer,
 )
 from tests.faults.fault import strikes, surfaces, trains_again, two
 from tests.lockstep.steps import (
@@ -322,6 +323,27 @@ def test_f24_generator_that_nobody_runs(strategy: Make) -> None:
     strikes(strategy, dropped, RuntimeError, *words, line='yield {"b": self.b(x).mean()}', net=net)
 
 
+@every_strategy
+def test_f24_helper_that_an_earlier_fault_left_behind_is_not_told_of_again(strategy: Make) -> None:
+    def yielded(self: Any, x: Tensor) -> Any:
+        yield self.helper(x)
+
+    def sound(self: Any, x: Tensor) -> Any:
+        kept.clear()
+        gc.collect()
+        yield {"a": self.a(x).mean(), "b": self.b(x).mean()}
+
+    net, run = with_helper(yielded), trainer(strategy())
+    kept: list[BaseException] = []
+    with surfaces(TypeError, "yielded a generator") as found:
+        run.step(net, [data(6, 3)])
+    kept.append(found.error)  # whose traceback holds the helper
+    del found.error
+    type(net).training_step = sound
+    run.step(net, [data(6, 3)])
+    assert run.updates == {"a": 1, "b": 1}
+
+
 # -- F25: shards that disagree -------------------------------------------------------------------
 
 
@@ -470,6 +492,47 @@ def test_f27_exception_while_shards_are_closed_does_not_hide_the_first(strategy:
     words = ("'mine'", "closing shard 1 raised OSError('closing')", "closing shard 2 raised")
     line = 'raise KeyError("mine")'
     strikes(strategy, step, KeyError, *words, line=line, done=once, batch=rows)
+
+
+@every_strategy
+def test_f27_interrupt_at_a_barrier_is_not_hidden_by_what_closing_raises(strategy: Make) -> None:
+    class Interrupting(Callback):
+        def on_before_optimizer_step(self) -> None:
+            raise KeyboardInterrupt
+
+    def step(self: Any, x: Tensor) -> Any:
+        try:
+            yield self.net(x).mean()
+        finally:
+            raise OSError("closing")
+
+    net = module(step)
+    before = weights(net)
+    words = ("last effect a loss", "closing shard 0 raised OSError('closing')")
+    with surfaces(KeyboardInterrupt, *words):
+        trainer(strategy(), callbacks=Interrupting()).fit(net, [data(6, 3)])
+    assert all(map(torch.equal, weights(net), before))
+    assert all(p.grad is None for p in net.parameters())
+
+
+@several_shards
+def test_f27_error_of_a_backward_after_a_gather_is_at_the_users_line(strategy: Make) -> None:
+    def step(self: Any, x: Tensor) -> Any:
+        everything, _ = yield from Gather(self.a(x))
+        yield {"a": everything.square().mean()}
+        yield {"a": everything.square().sum()}
+
+    def once(self: Any, x: Tensor) -> Any:
+        everything, _ = yield from Gather(self.a(x))
+        yield {"a": everything.square().mean()}
+
+    line = 'yield {"a": everything.square().sum()}'
+    words = (
+        "the update of 'a'",
+        f"{__file__}:{step.__code__.co_firstlineno + 2}",
+        "retain_graph=True",
+    )
+    strikes(strategy, step, RuntimeError, *words, line=line, done=once)
 
 
 # -- F28 to F28c: what must not be left behind ---------------------------------------------------
@@ -634,6 +697,20 @@ def test_f28b_one_shard_is_the_whole_batch() -> None:
         return F.cross_entropy(self.net(x), y, ignore_index=0)
 
     trainer().fit(module(step, net=linear(3, 4)), [[data(6, 3), classes(6)]])
+
+
+@several_shards
+def test_f28b_only_the_first_step_is_looked_at(strategy: Make) -> None:
+    def step(self: Any, batch: Any) -> Any:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y, ignore_index=0)
+
+    run = trainer(strategy())
+    run.fit(
+        module(step, net=linear(3, 4)),
+        [[data(6, 3), classes(6) // 4 + 1], [data(6, 3), classes(6)]],
+    )
+    assert run.updates == {"net": 2}
 
 
 @every_strategy

@@ -1,6 +1,6 @@
 """The hooks of a run, in the order in which the trainer calls them."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Callback:
@@ -30,6 +30,9 @@ class Callback:
     Batch hooks run once per loader batch. A step that takes several (gradient accumulation) starts
     all of them, updates, and then ends all of them.
 
+    A hook's callbacks run before the module's own hook, but for those with ``saves_state``, which
+    run after everybody else: what they save is then whole.
+
     ``trainer`` and ``module`` are typed as ``Any`` so that an override may name the classes it
     expects (``module: MyGAN``), which a narrower type here would forbid.
 
@@ -52,6 +55,8 @@ class Callback:
         {'counts': {'critic': 1}}
     """
 
+    saves_state: ClassVar[bool] = False
+
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Before anything else of a run; ``stage`` is ``"fit"`` or ``"validate"``."""
 
@@ -70,7 +75,7 @@ class Callback:
     def on_before_optimizer_step(
         self, trainer: Any, module: Any, optimizer: Any, name: str
     ) -> None:
-        """Before an update: ``.grad`` holds the reduced, unscaled, clipped gradients.
+        """Before an update: ``.grad`` holds the reduced, unscaled gradients, not yet clipped.
 
         Args:
             trainer: The running trainer.

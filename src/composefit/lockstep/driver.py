@@ -345,8 +345,8 @@ class Lockstep:
             error.add_note(hint)
         for text, others in _by_text(failed[1:]).items():
             names = " and ".join(map(str, others))
-            what = "the same" if text == repr(error) else text
-            error.add_note(f"shard{'s' * (len(others) > 1)} {names} raised {what} as well")
+            what = "the same" if text == repr(error) else f"{text} as well"
+            error.add_note(f"shard{'s' * (len(others) > 1)} {names} raised {what}")
         if len(shards) == 1:
             shards[0].close()
         elif any(shard.generator is not None for shard in shards):

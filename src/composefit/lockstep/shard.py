@@ -14,7 +14,7 @@ from composefit.effects import Effect
 from composefit.lockstep import guards
 from composefit.lockstep.guards import Place
 from composefit.losses import Loss
-from composefit.module import Context, Helper, as_effect, dropped_helper
+from composefit.module import Context, Helper, as_effect, dropped_helper, watch_helpers
 from composefit.random import SampleRandom
 from composefit.replicas import Replica
 
@@ -61,6 +61,7 @@ class Shard:
 
     def begin(self, lane: int, batch: Any, batch_idx: int, samples: int | None) -> None:
         """Take the data of a new step."""
+        self.step = object()  # that of this shard, to be told from others
         self.lane = lane
         self.batch = batch
         self.batch_idx = batch_idx
@@ -91,7 +92,7 @@ class Shard:
         lock = self.lock
         training = lock.body.training
         returned = False
-        dropped_helper()  # one that an earlier fault left behind is none of this step's
+        watch_helpers(self.step)
         # Entered by hand: most steps need neither, and an idle `with` costs a microsecond.
         draws, autocast = self.draws, lock.autocast()
         if draws is not None:

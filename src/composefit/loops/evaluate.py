@@ -26,42 +26,30 @@ class EvaluateLoop:
         trainer: runs steps and hooks.
         module: is evaluated.
         batches: the loader.
-        limit: no more than this many loader batches.
     """
 
-    def __init__(
-        self, trainer: Trainer, module: LoopModule, batches: Batches, limit: float
-    ) -> None:
+    def __init__(self, trainer: Trainer, module: LoopModule, batches: Batches) -> None:
         self.trainer = trainer
         self.module = module
         self.batches = batches
-        self.limit = limit
         self.batch_idx = 0
 
     def run(self) -> dict[str, float]:
         """One pass; the means of what was logged."""
-        trainer, module = self.trainer, self.module
+        trainer, module, call = self.trainer, self.module, self.trainer.call
         self.batch_idx = 0
-        training = {m: m.training for m in module.modules()}
-        module.eval()
-        trainer.begin_evaluation()
-        try:
-            trainer.call("on_validation_start")
-            trainer.call("on_validation_epoch_start")
+        with trainer.evaluation(module):
+            call("on_validation_start")
+            call("on_validation_epoch_start")
             for i, batch in enumerate(self.batches.epoch()):
-                trainer.call("on_validation_batch_start", batch, i)
+                call("on_validation_batch_start", batch, i)
                 outputs = trainer.evaluate(module, batch, i)
-                trainer.call("on_validation_batch_end", outputs, batch, i)
+                call("on_validation_batch_end", outputs, batch, i)
                 self.batch_idx = i + 1
-                if self.batch_idx >= self.limit:
-                    break
-            values = trainer.end_evaluation()
-            trainer.call("on_validation_epoch_end")
-            trainer.call("on_validation_end")
-        finally:
-            for part, was_training in training.items():
-                part.training = was_training
-        return values
+            trainer.end_evaluation()
+            call("on_validation_epoch_end")
+            call("on_validation_end")
+            return trainer.write_evaluation()
 
     def state_dict(self) -> dict[str, Any]:
         """The loader batches done."""

@@ -48,7 +48,7 @@ class FitLoop:
         trainer.call("on_fit_start")
         trainer.call("on_train_start")
         while self.epochs_left > 0 and self.train.steps_left > 0 and not trainer.should_stop:
-            self.train.run(self.epochs_left)
+            self.train.run()
             if self.validate is not None:
                 self.validate.run()
             trainer.end_epoch()
@@ -57,6 +57,7 @@ class FitLoop:
             self.epoch += 1
         trainer.call("on_train_end")
         trainer.call("on_fit_end")
+        trainer.write_epoch()
 
     @property
     def epochs_left(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,6 @@ class TrainEpochLoop:
         trainer: runs steps and hooks.
         module: is trained.
         batches: the loader.
-        limit: no more than this many loader batches an epoch.
         window: loader batches in a step; the last step of an epoch may have fewer.
         max_steps: no more than this many steps in all.
     """
@@ -36,14 +34,12 @@ class TrainEpochLoop:
         trainer: Trainer,
         module: LoopModule,
         batches: Batches,
-        limit: float,
         window: int,
         max_steps: float,
     ) -> None:
         self.trainer = trainer
         self.module = module
         self.batches = batches
-        self.limit = limit
         self.window = window
         self.max_steps = max_steps
         self.batch_idx = 0
@@ -53,15 +49,14 @@ class TrainEpochLoop:
         """How many steps may still be done."""
         return self.max_steps - self.trainer.global_step
 
-    def run(self, epochs_left: float = 1) -> None:
-        """Run one epoch; `epochs_left` counts it and those after it."""
+    def run(self) -> None:
+        """Run one epoch."""
         trainer, module, call = self.trainer, self.module, self.trainer.call
         self.batch_idx = 0
         call("on_train_epoch_start")
         tell_start = call.anybody("on_train_batch_start", 2)
         tell_end = call.anybody("on_train_batch_end", 3)
-        # With a limit of steps one epoch may be all there is: an endless stream will do then.
-        for window in self._windows(epochs_left if self.max_steps == math.inf else 1):
+        for window in self._windows():
             first = self.batch_idx
             if tell_start:
                 for i, batch in enumerate(window, first):
@@ -73,19 +68,16 @@ class TrainEpochLoop:
             if tell_end:
                 for i, batch in enumerate(window, first):
                     call("on_train_batch_end", outputs, batch, i)
-            if trainer.global_step >= self.max_steps or trainer.should_stop:
+            if self.steps_left <= 0 or trainer.should_stop:
                 break
 
-    def _windows(self, epochs_left: float) -> Iterator[list[Any]]:
+    def _windows(self) -> Iterator[list[Any]]:
         window: list[Any] = []
-        for i, batch in enumerate(self.batches.epoch(epochs_left), start=1):
+        for batch in self.batches.epoch():
             window.append(batch)
-            last = i >= self.limit
-            if last or len(window) == self.window:
+            if len(window) == self.window:
                 yield window
                 window = []
-            if last:
-                return
         if window:
             yield window
 
