@@ -491,7 +491,14 @@ def _helper(function: Callable[..., Generator[Any, Any, Any]]) -> Callable[..., 
     def call(*args: Any, **kwargs: Any) -> Helper:
         return Helper(function(*args, **kwargs), function.__qualname__)
 
+    call.makes_helpers = True  # type: ignore[attr-defined]
     return call
+
+
+def has_helpers(module: nn.Module) -> bool:
+    """Whether a LoopModule in this tree has generator methods beside its `training_step`."""
+    classes = {c for m in module.modules() if isinstance(m, LoopModule) for c in type(m).__mro__}
+    return any(hasattr(value, "makes_helpers") for c in classes for value in vars(c).values())
 
 
 def offered(function: Callable[..., Any], count: int) -> int:

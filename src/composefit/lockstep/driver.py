@@ -34,7 +34,14 @@ from composefit.lockstep.scatter import Part, batch_size, scatter
 from composefit.lockstep.shard import Shard, shard_note
 from composefit.lockstep.stepper import Stepper
 from composefit.losses import Loss, as_loss
-from composefit.module import ONLY, Context, LoopModule, offered, unknown_optimizer
+from composefit.module import (
+    ONLY,
+    Context,
+    LoopModule,
+    has_helpers,
+    offered,
+    unknown_optimizer,
+)
 from composefit.precision import Precision
 from composefit.random import (
     GlobalGenerators,
@@ -147,6 +154,7 @@ class Lockstep:
         self._first = True  # no step of several shards was done yet
         self._foreign_means: list[str] = []
         self._is_loop = isinstance(module, LoopModule)
+        self.has_helpers = has_helpers(module)
         self._alone = self._shard(0, alone=True)
         self._many: list[Shard] = []
         self._lists: dict[str, list[Parameter]] = {}
@@ -273,7 +281,7 @@ class Lockstep:
         self.backward.begin_alone()
         # Its stream is the default generator, which is put back afterwards: what the loader draws
         # from it in between (the order of samples) must not depend on what the step drew.
-        key = hash_key(self._key + self.number)
+        key = (self._key + self.number) % 2**64
         for generator in self._default_generators:
             self._default_states.append(generator.get_state())
             generator.manual_seed(key)
@@ -298,7 +306,7 @@ class Lockstep:
             shard.context.logs = {}
             shard.random.begin(self.number, start, start + size, world, self.dtype, self.device)
             assert isinstance(shard.draws, Stream)
-            shard.draws.seed(hash_key(self._key + self.number, shard.index))
+            shard.draws.seed(hash_key(self._key, self.number, shard.index))
             start += size
         lanes_used = {part.lane for part in parts}
         side_by_side = self.lanes.concurrent and len(lanes_used) > 1

@@ -17,6 +17,10 @@ from torch.nn import Parameter
 
 Gradients = list["Tensor | None"]
 
+# Looked up once: `own` runs at every update, for every parameter.
+_STRIDED = torch.strided
+_references = sys.getrefcount
+
 # The call that torch.autograd.grad wraps: it saves some 30 us a step, a sixth of a tiny model's.
 # Private: without it torch.autograd.grad itself does, and a test compares the two.
 _run_backward = getattr(getattr(Variable, "_execution_engine", None), "run_backward", None)
@@ -72,11 +76,11 @@ def own(gradients: Sequence[Tensor | None], parameters: Sequence[Parameter]) -> 
     whole = True
     for i, parameter in enumerate(parameters):
         gradient = gradients[i]
-        if gradient is None or gradient.layout is not torch.strided:
+        if gradient is None or gradient.layout is not _STRIDED:
             continue
         if (
             gradient.stride() != parameter.stride()
-            or sys.getrefcount(gradient) > _OWN_REFERENCES
+            or _references(gradient) > _OWN_REFERENCES
             or (_counts_uses and gradient._use_count() > 1)  # type: ignore[attr-defined]
         ):
             owned[i] = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)

@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _NAMES = (
     "grad mode",
     "inference mode",
-    "autocast",
-    "autocast's dtype",
+    "autocast (on or off, dtype)",
     "the stack of function modes (such as `with torch.device(...)`)",
     "the stack of dispatch modes",
 )
@@ -33,8 +32,7 @@ def reader_of_modes(device_type: str) -> Callable[[], tuple[Any, ...]]:
     """A function that reads this thread's modes, to be compared; it runs twice at every yield."""
     grad = torch.is_grad_enabled
     inference = torch.is_inference_mode_enabled
-    autocast = torch.is_autocast_enabled
-    autocast_dtype = torch.get_autocast_dtype
+    any_autocast = torch._C._is_any_autocast_enabled
     functions = torch._C._len_torch_function_stack
     dispatches = torch._C._len_torch_dispatch_stack
 
@@ -42,13 +40,16 @@ def reader_of_modes(device_type: str) -> Callable[[], tuple[Any, ...]]:
         return (
             grad(),
             inference(),
-            autocast(device_type),
-            autocast_dtype(device_type),
+            any_autocast() and _autocasts(device_type),
             functions(),
             dispatches(),
         )
 
     return modes
+
+
+def _autocasts(device_type: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
 
 def left_open(expected: tuple[Any, ...], found: tuple[Any, ...]) -> RuntimeError:

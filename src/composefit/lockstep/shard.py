@@ -92,7 +92,8 @@ class Shard:
         lock = self.lock
         training = lock.body.training
         returned = False
-        watch_helpers(self.step)
+        if lock.has_helpers:
+            watch_helpers(self.step)
         # Entered by hand: most steps need neither, and an idle `with` costs a microsecond.
         draws, autocast = self.draws, lock.autocast()
         if draws is not None:
@@ -138,7 +139,7 @@ class Shard:
                 autocast.__exit__(None, None, None)
             if draws is not None:
                 draws.__exit__(None, None, None)
-        helper = dropped_helper()
+        helper = dropped_helper() if lock.has_helpers else None
         if helper is not None:
             self.blame(
                 RuntimeError(

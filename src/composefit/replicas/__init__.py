@@ -1,0 +1,22 @@
+"""Shallow replicas of a module tree, and how what they wrote comes back to their owner.
+
+Shards that run side by side must not write into each other's modules. Each therefore runs on a
+`Replica`: a tree of its own around the *same* parameters. Gradients reach the owner's
+``Parameter`` objects directly; a forward that sets attributes, registers hooks or writes buffers
+changes its own shard only. A step goes
+
+    replica.refresh()                     # begin with what the owner holds now
+    ... replica.module(...) ...           # one shard of the step
+    differing_buffer(owner, replicas)     # before an update: has a shard written something alone?
+    merge(owner, replicas, weights)       # statistics, buffers and metrics return to the owner
+
+Nothing is ever deep-copied, so locks, generators, stored activations and references to a trainer
+do no harm. What stays shared with the owner: parameters, tensors that are plain attributes,
+containers without modules in them (``self.outputs.append(...)`` reaches the owner), and objects
+of other classes, even if they in turn refer to modules.
+"""
+
+from composefit.replicas.merging import differing_buffer, merge
+from composefit.replicas.replica import Replica
+
+__all__ = ["Replica", "differing_buffer", "merge"]
