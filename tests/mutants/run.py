@@ -18,6 +18,7 @@ from catalogue import MUTANTS, Mutant
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).parents[2]
 SIDE_BY_SIDE = 2
@@ -89,9 +90,10 @@ def main() -> int:
             return 1
         judged = pool.map(partial(judge, tree), MUTANTS)
         found = list(track(judged, "taking out", len(MUTANTS), console=console, transient=True))
-    table = Table("rule", "taken out", "the test that then fails", title="mutants")
+    table = Table("rule", "taken out", title="mutants")
+    table.add_column("the test that then fails", overflow="fold")
     for mutant, (caught, text) in zip(MUTANTS, found, strict=True):
-        table.add_row(str(mutant.rule), mutant.what, text if caught else f"[red]{text}[/]")
+        table.add_row(str(mutant.rule), mutant.what, Text(text, style="" if caught else "red"))
     console.print(table)
     missed = sum(not caught for caught, _ in found)
     console.print(f"{len(MUTANTS) - missed} of {len(MUTANTS)} caught")

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 _NAMES = (
     "grad mode",
     "inference mode",
-    "autocast (on or off, dtype)",
+    "autocast",
     "the stack of function modes (such as `with torch.device(...)`)",
     "the stack of dispatch modes",
 )
