@@ -271,6 +271,10 @@ def test_outputs_may_be_changed_in_place(parallel: Parallel) -> None:
     inner, x = net(), torch.randn(5, 3)
     found, expected = parallel(inner)(x), inner(x)
     agree(found.mul_(3).add_(1), expected.mul_(3).add_(1), list(inner.parameters()))
+    pair = nn.ModuleList([inner])
+    pair.forward = lambda x: (inner(x), inner(2 * x))
+    for found, expected in zip(parallel(pair)(x), pair(x), strict=True):
+        agree(found.mul_(3), expected.mul_(3), list(inner.parameters()), retain_graph=True)
 
 
 def test_items_of_a_list_may_be_changed_in_place(parallel: Parallel) -> None:

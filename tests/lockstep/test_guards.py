@@ -150,7 +150,10 @@ class _Dispatch(TorchDispatchMode):
 MODES: dict[str, tuple[str, Callable[[], AbstractContextManager[object]]]] = {
     "no_grad": ("grad mode is False and was True", torch.no_grad),
     "inference_mode": ("inference mode", torch.inference_mode),
-    "autocast": (r"autocast is \(True, torch.bfloat16\)", lambda: torch.autocast("cpu", torch.bfloat16)),
+    "autocast": (
+        r"autocast is \(True, torch.bfloat16\)",
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ),
     "device": ("function modes", lambda: torch.device("cpu")),
     "function mode": ("function modes", _Function),
     "dispatch mode": ("dispatch modes", _Dispatch),

@@ -60,7 +60,7 @@ MUTANTS = (
         1,
         "a gradient that somebody holds is copied",
         "lockstep/gradients.py",
-        "            or sys.getrefcount(gradient) > _OWN_REFERENCES\n",
+        "            or _references(gradient) > _OWN_REFERENCES\n",
         "",
         (
             f"{LOCKSTEP}gradients.py::test_a_gradient_that_a_function_keeps_is_not_overwritten",
@@ -423,7 +423,7 @@ MUTANTS = (
         "strategies/thread_data_parallel.py",
         "                except KeyboardInterrupt as error:\n",
         "                except ZeroDivisionError as error:\n",
-        (f"{THREADS}an_interrupt_during_a_hand_over_waits_for_all_shards",),
+        (f"{THREADS}run_returns_only_when_every_task_has_ended",),
     ),
     # -- 11 ------------------------------------------------------------------------------------
     Mutant(

@@ -350,6 +350,7 @@ def interrupting(where: int, log: list[str]) -> Callable[..., Iterator[Any]]:
         try:
             yield {"net": self.net(x).square().mean()}
             if row == where and not log:
+                time.sleep(0.05)  # from here on the calling thread waits, where it is another one
                 log.append("sent")
                 signal.raise_signal(signal.SIGINT)
                 time.sleep(0.05)
@@ -391,6 +392,23 @@ def test_an_interrupt_during_a_hand_over_waits_for_all_shards(where: int) -> Non
         run.step(net, [rows()])
         assert run.updates == {"net": 3}
     assert set(threading.enumerate()) == before
+
+
+def test_run_returns_only_when_every_task_has_ended_interrupted_or_not() -> None:
+    ended: list[str] = []
+
+    def interrupts() -> None:
+        time.sleep(0.05)  # the calling thread waits by then
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.05)
+        ended.append("worker")
+
+    with ThreadDataParallel(2) as strategy:
+        with pytest.raises(KeyboardInterrupt):
+            strategy.run([lambda: ended.append("caller"), interrupts])
+        assert ended == ["caller", "worker"]
+        strategy.run([lambda: ended.append("caller"), lambda: ended.append("worker")])
+        assert sorted(ended) == ["caller", "caller", "worker", "worker"]
 
 
 def test_interrupts_at_any_time_leave_the_threads_working() -> None:

@@ -168,8 +168,6 @@ class Seam:
             return None
         if entry.whole.dim() == 0:  # every shard had all of it
             return torch.stack(there).sum(0)
-        if len(pairs) == 1:
-            return there[0]
         filled = [torch.zeros_like(leaf) if g is None else g for leaf, g in pairs]
         return torch.cat(filled, self.arguments.dim)
 
