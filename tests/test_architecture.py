@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("trainer",),
     ("loops",),
+    ("arguments", "hooks", "logs"),
     ("callbacks", "loggers"),
     ("checkpoint",),
     ("data_parallel",),
@@ -31,8 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lockstep",),
     ("module",),
     ("updates",),
+    ("effects",),  # an effect reads losses; a loss knows of no effect
     ("losses",),
-    ("effects",),
     ("replicas",),
     ("optimizers",),
     ("precision", "random", "data", "tree"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import composefit
+from composefit import testing
 
 TABLE = Path(__file__).parents[1] / "docs" / "api.md"
 
@@ -42,6 +43,15 @@ def test_public_name_says_what_it_is_for(name: str) -> None:
     # A type alias has no docstring of its own, and what it stands for has a borrowed one.
     if inspect.isclass(thing) or inspect.isfunction(thing):
         assert own_docstring(thing)
+
+
+def test_the_module_for_tests_is_documented_as_a_whole() -> None:
+    _, _, section = TABLE.read_text(encoding="utf-8").partition("## For tests: `composefit.testing`")
+    assert set(re.findall(r"^- `(\w+)", section, flags=re.MULTILINE)) == set(testing.__all__)
+    for name in testing.__all__:
+        thing = getattr(testing, name)
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert own_docstring(thing)
 
 
 def test_names_that_are_not_public_stay_out_of_a_star_import() -> None:

@@ -342,6 +342,13 @@ def test_nothing_of_a_finished_task_is_kept_by_a_worker() -> None:
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
+def ctrl_c() -> None:
+    """As the terminal sends it: to the main thread, whatever that waits for."""
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+
+
 def interrupting(where: int, log: list[str]) -> Callable[..., Iterator[Any]]:
     """A step in which the shard of this row sends Ctrl-C to the process, once."""
 
@@ -352,7 +359,7 @@ def interrupting(where: int, log: list[str]) -> Callable[..., Iterator[Any]]:
             if row == where and not log:
                 time.sleep(0.05)  # from here on the calling thread waits, where it is another one
                 log.append("sent")
-                signal.raise_signal(signal.SIGINT)
+                ctrl_c()
                 time.sleep(0.05)
                 log.append("worked on")
             yield {"net": self.net(x).square().mean()}
@@ -399,7 +406,7 @@ def test_run_returns_only_when_every_task_has_ended_interrupted_or_not() -> None
 
     def interrupts() -> None:
         time.sleep(0.05)  # the calling thread waits by then
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
         time.sleep(0.05)
         ended.append("worker")
 
@@ -423,7 +430,7 @@ def test_interrupts_at_any_time_leave_the_threads_working() -> None:
         workers = set(threading.enumerate()) - before
         run.step(net, [rows()])
         for number in range(15):
-            timer = threading.Timer(0.0003 * (number + 1), signal.raise_signal, [signal.SIGINT])
+            timer = threading.Timer(0.0003 * (number + 1), ctrl_c)
             try:
                 timer.start()
                 while timer.is_alive():
