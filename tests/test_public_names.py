@@ -46,7 +46,9 @@ def test_public_name_says_what_it_is_for(name: str) -> None:
 
 
 def test_the_module_for_tests_is_documented_as_a_whole() -> None:
-    _, _, section = TABLE.read_text(encoding="utf-8").partition("## For tests: `composefit.testing`")
+    _, _, section = TABLE.read_text(encoding="utf-8").partition(
+        "## For tests: `composefit.testing`"
+    )
     assert set(re.findall(r"^- `(\w+)", section, flags=re.MULTILINE)) == set(testing.__all__)
     for name in testing.__all__:
         thing = getattr(testing, name)

@@ -70,11 +70,13 @@ class Logs:
     def _add(self, name: str, entries: list[tuple[LoggingShard, Logged]]) -> None:
         first, logged = entries[0]
         options = logged.options
-        if isinstance(logged.value, Metric):
-            self._put(name, options, _MetricValue(first.owners(logged.value)))
+        value = logged.value
+        plain = type(value) is float or not isinstance(value, Metric)
+        if not plain:
+            self._put(name, options, _MetricValue(first.owners(value)))
         elif len(entries) == 1 and not options.on_epoch:  # nobody needs a weight
             self._options[name] = options
-            self._steps[name] = _Value([(logged.value, 1)])
+            self._steps[name] = _Value([(value, 1)])
         else:
             weighted = [(one.value, _weight(one, shard, entries)) for shard, one in entries]
             self._put(name, options, _Value(weighted))

@@ -178,8 +178,9 @@ class LoopModule(nn.Module):
                     f"self.log({name!r}, ...) expects one number, got shape {tuple(value.shape)}: "
                     "log its mean, or one value under a name of its own each"
                 )
-            # A copy: `loss += penalty` afterwards, or a parameter's update, would change it.
-            value = value.detach().clone()
+            # A copy: `loss += penalty` afterwards, or a parameter's update, would change it. On a
+            # CPU there is nobody to wait for, and a number is the cheapest.
+            value = value.item() if value.is_cpu else value.detach().clone()
         elif isinstance(value, Loss):
             value = _one_term(name, value)
         elif not isinstance(value, (int, float, Metric)):

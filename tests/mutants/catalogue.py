@@ -421,8 +421,8 @@ MUTANTS = (
         10,
         "an interrupt waits until the workers have ended",
         "strategies/thread_data_parallel.py",
-        "                except KeyboardInterrupt as error:\n",
-        "                except ZeroDivisionError as error:\n",
+        "            except KeyboardInterrupt as error:\n",
+        "            except ZeroDivisionError as error:\n",
         (f"{THREADS}run_returns_only_when_every_task_has_ended",),
     ),
     # -- 11 ------------------------------------------------------------------------------------

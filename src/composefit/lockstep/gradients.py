@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -139,10 +140,13 @@ def scale_(gradients: Gradients, factor: float | Tensor) -> None:
             gradients[i] = gradient * factor
 
 
-def values(gradients: Sequence[Tensor | None]) -> list[Tensor]:
+def values(gradients: Gradients) -> list[Tensor]:
     """The numbers of each gradient that there is: itself, or the values of a sparse one."""
+    for gradient in gradients:
+        if gradient is None or gradient.layout is not _STRIDED:
+            break
+    else:
+        return cast("list[Tensor]", gradients)  # as nearly always
     return [
-        g if g.layout is torch.strided else g.coalesce()._values()
-        for g in gradients
-        if g is not None
+        g if g.layout is _STRIDED else g.coalesce()._values() for g in gradients if g is not None
     ]

@@ -141,7 +141,7 @@ class Stepper:
         if not self.on_cpu:
             return self._finite_late(totals, step)
         for name, (parameters, found) in totals.items():
-            self._check(gradients.values(found), self.one)
+            self._check(gradients.values(found), self.found, self.one)
             if self.found.item() or not math.isfinite(losses[name].item()):
                 self.found.zero_()
                 if self.on_nonfinite == "skip":
@@ -149,15 +149,18 @@ class Stepper:
                 raise self._error(name, parameters, found, losses[name], step)
         return True
 
-    def _check(self, values: list[Tensor], inverse_scale: Tensor) -> None:
+    def _check(self, values: list[Tensor], found: Tensor, inverse_scale: Tensor) -> None:
         """Set `found` where a number is not finite, multiply by `inverse_scale` in place."""
         if not values:
             return
         dtype = values[0].dtype
-        same = [value for value in values if value.dtype is dtype]
-        torch._amp_foreach_non_finite_check_and_unscale_(same, self.found, inverse_scale)
-        if len(same) < len(values):  # the fused check takes one dtype at a time
-            self._check([value for value in values if value.dtype is not dtype], inverse_scale)
+        for value in values:
+            if value.dtype is not dtype:  # the fused check takes one dtype at a time
+                others = [other for other in values if other.dtype is not dtype]
+                self._check(others, found, inverse_scale)
+                values = [other for other in values if other.dtype is dtype]
+                break
+        torch._amp_foreach_non_finite_check_and_unscale_(values, found, inverse_scale)
 
     def _finite_late(self, totals: dict[str, tuple[list[Parameter], Gradients]], step: int) -> bool:
         """On a GPU: without waiting for it, so that a fault shows one update late."""
@@ -165,13 +168,12 @@ class Stepper:
             late = self.late.setdefault(name, LateCheck(self.one.device))
             late.raise_if_found(name, self.on_nonfinite)
             late.found.zero_()
-            values = gradients.values(found)
-            if values:
-                torch._amp_foreach_non_finite_check_and_unscale_(values, late.found, self.one)
+            self._check(gradients.values(found), late.found, self.one)
             late.ask(step)
-            if "fused" in self.optimizers[name].optimizer.defaults:
+            optimizer = self.optimizers[name].optimizer
+            if all(group.get("fused") for group in optimizer.param_groups):
                 # A fused optimizer leaves the weights alone where this is set, on the device.
-                self.optimizers[name].optimizer.found_inf = late.found  # type: ignore[attr-defined]
+                optimizer.found_inf = late.found  # type: ignore[attr-defined]
         return True
 
     def finish(self) -> None:
@@ -203,7 +205,7 @@ class Stepper:
     def _unscale(self, totals: dict[str, tuple[list[Parameter], Gradients]]) -> bool:
         """Divide by the loss scales; where anything is infinite, skip all and lower the scales."""
         for name, (_, found) in totals.items():
-            self._check(gradients.values(found), self.scales[name].inverse())
+            self._check(gradients.values(found), self.found, self.scales[name].inverse())
         finite = not self.found.item()
         for name in totals:
             self.scales[name].adapt(self.found)

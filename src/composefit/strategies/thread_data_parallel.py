@@ -81,14 +81,15 @@ class ThreadDataParallel(Strategy):
             own()
         except BaseException as error:  # a KeyboardInterrupt: tasks raise nothing
             interrupt = error
-        for worker in workers:
-            while worker.busy:
-                try:
+        while True:
+            try:
+                for worker in workers:
                     if interrupt is not None:
                         worker.wake()  # the interrupt may have come just before `start` did
                     worker.wait()
-                except KeyboardInterrupt as error:
-                    interrupt = error
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
         if interrupt is not None:
             raise interrupt
 
