@@ -171,7 +171,7 @@ def stream_table(rounds: int) -> Table:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", rounds=15)
+    options = arguments(__doc__ or "", rounds=15, one_thread=True)
     torch.set_num_threads(1)
     console.print(sample_table(options.rounds))
     console.print(stream_table(options.rounds))

@@ -246,7 +246,9 @@ def test_an_optimizers_clipping_overrides_the_trainers(strategy: Make) -> None:
         return {name: linear(3, 2, seed=i) for i, name in enumerate(names)}
 
     net, other = net_with(configure, step, **parts()), nn.ModuleDict(parts())
-    trainer(strategy(), gradient_clip_val=0.05).fit(net, BATCHES)
+    run = trainer(strategy(), gradient_clip_val=0.05)
+    run.fit(net, BATCHES)
+    assert run.optimizers["off"].gradient_clip_val is None  # not even measured
     for batch in BATCHES:
         for name, child in other.items():
             child.zero_grad()

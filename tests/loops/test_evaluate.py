@@ -119,6 +119,17 @@ def test_modes_and_logs_are_put_back_after_an_error() -> None:
     assert run.logs.all_values() == {"start": 1.0}
 
 
+def test_what_is_logged_after_it_belongs_to_training_again() -> None:
+    class Own(Net):
+        def on_train_epoch_end(self) -> None:
+            self.log("end", 1.0)
+
+    run = trainer()
+    run.fit(Own(), [data(7, 3)], [data(7, 3)])
+    assert run.logs.all_values() == {"end": 1.0}
+    assert set(run.evaluation_logs.all_values()) == {"val"}
+
+
 @every_strategy
 def test_effects_that_only_reduce_work_in_validation(strategy: Make) -> None:
     seen: list[Any] = []

@@ -74,6 +74,7 @@ class ProgressBar(Callback):
         self._display: _Display | None = None
         self._due = math.inf  # when to draw next, on the monotonic clock
         self._pace = _Pace()
+        self._epoch = 0  # the one shown: at the end of a fit the trainer's is one further
         self._epoch_batches = 0  # finished in this epoch
         self._fit_batches = 0  # finished in this fit
         self._validation_batches: int | None = None  # None outside validation
@@ -83,6 +84,7 @@ class ProgressBar(Callback):
         """Open a fresh display."""
         self._open(trainer)
         self._in_fit = True
+        self._epoch = trainer.current_epoch
         self._pace.mark(time.monotonic(), 0, trainer.samples_seen)
         if self._display is not None:
             if self._display.live:
@@ -91,6 +93,7 @@ class ProgressBar(Callback):
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         """Start the epoch's bar at zero."""
+        self._epoch = trainer.current_epoch
         self._epoch_batches = 0
 
     def on_train_batch_end(
@@ -101,7 +104,7 @@ class ProgressBar(Callback):
         self._fit_batches += 1
         if (now := time.monotonic()) >= self._due:
             if self._pace.origin is None:
-                self._pace.origin = (now, _fractions_done(trainer, self._epoch_batches))
+                self._pace.origin = (now, _fractions_done(trainer, *self._done))
                 if self._display is not None and not self._display.live:
                     self._due = now + self._display.interval
                     return
@@ -184,13 +187,17 @@ class ProgressBar(Callback):
         end = time.monotonic()
         self._due = end + max(self._display.interval, (end - start) / _DRAWING_SHARE)
 
+    @property
+    def _done(self) -> tuple[int, int]:
+        return self._epoch, self._epoch_batches
+
     def _view(self, trainer: Any, now: float, finished: bool) -> "_View":
         view = _View(metrics=dict(trainer.progress_bar_metrics))
         if self._in_fit:
             if self._validation_batches is None:
                 self._pace.mark(now, self._fit_batches, trainer.samples_seen)
-            fractions = _fractions_done(trainer, self._epoch_batches)
-            view.training = _training_row(trainer, self._epoch_batches)
+            fractions = _fractions_done(trainer, *self._done)
+            view.training = _training_row(trainer, *self._done)
             view.speed = self._pace.speed()
             left = self._pace.left(now, fractions)
             if finished or (left == 0 and self._validation_batches is None):
@@ -240,23 +247,23 @@ class _View:
         return [*count, *filter(None, (self.speed, self.time))]
 
 
-def _training_row(trainer: Any, epoch_batches: int) -> _Row:
+def _training_row(trainer: Any, epoch: int, epoch_batches: int) -> _Row:
     epochs, steps = _known(trainer.max_epochs), _known(trainer.max_steps)
     batches = _known(trainer.num_training_batches)
-    label = f"epoch {trainer.current_epoch + 1}" + ("" if epochs is None else f"/{epochs}")
+    label = f"epoch {epoch + 1}" + ("" if epochs is None else f"/{epochs}")
     if steps is not None and (epochs is None or batches is None):
         # Steps are then what ends the fit, and the epoch's bar might never fill.
         return _Row(label, trainer.global_step, steps, " steps")
     return _Row(label, epoch_batches, batches)
 
 
-def _fractions_done(trainer: Any, epoch_batches: int) -> list[float]:
+def _fractions_done(trainer: Any, epoch: int, epoch_batches: int) -> list[float]:
     """How much of the fit is done, by each of the limits that can end it."""
     fractions = []
     epochs, steps = _known(trainer.max_epochs), _known(trainer.max_steps)
     batches = _known(trainer.num_training_batches)
     if epochs and batches:
-        fractions.append((trainer.current_epoch + epoch_batches / batches) / epochs)
+        fractions.append((epoch + epoch_batches / batches) / epochs)
     if steps:
         fractions.append(trainer.global_step / steps)
     return fractions
