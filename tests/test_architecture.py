@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("strategies",),
     ("lockstep",),
     ("module",),
+    ("steps",),
     ("updates",),
     ("effects",),  # an effect reads losses; a loss knows of no effect
     ("losses",),

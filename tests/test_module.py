@@ -1,4 +1,3 @@
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -6,115 +5,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from composefit import LoopModule, Mean, Strategy, Sum, Update
-from composefit.effects import Reduce
-from composefit.module import Helper, as_effect, dropped_helper, offered
-from composefit.updates import OnlyUpdate
+from composefit import LoopModule, Mean, Strategy, Sum
 from tests.lockstep.steps import data, every_strategy, module, trainer
 
 LOSS = torch.tensor(1.0)
 
 
-# -- reading what a step hands over ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "returned", "kind"),
-    [
-        (LOSS, True, OnlyUpdate),
-        (LOSS, False, OnlyUpdate),
-        (Mean(LOSS, 2), True, OnlyUpdate),
-        (Mean(LOSS, 2), False, Reduce),
-        (Sum(LOSS) + LOSS, False, Reduce),
-        ({"a": LOSS}, False, Update),
-        ({"loss": LOSS}, False, Update),
-        ({"loss": LOSS}, True, OnlyUpdate),
-        ({"loss": Mean(LOSS, 2)}, True, OnlyUpdate),
-        ({"loss": None}, True, type(None)),
-        (None, True, type(None)),
-        (Update({"a": LOSS}), False, Update),
-    ],
-)
-def test_what_is_handed_over_stands_for_an_effect(
-    value: object, returned: bool, kind: type
-) -> None:
-    assert type(as_effect(value, returned)) is kind
-
-
-@pytest.mark.parametrize(
-    ("value", "returned", "words"),
-    [
-        (None, False, "yielded None, expected a loss.*to skip a step, `return`"),
-        (1.5, True, r"returned float 1.5.*was \.item\(\) called"),
-        ("critic", False, "yielded str 'critic'.*`yield from` a dict hands over its keys"),
-        ((_ for _ in ()), False, r"yielded a generator.*write `yield from self\.helper"),
-        ([LOSS], True, "returned list"),
-        (lambda: LOSS, True, "returned function"),
-    ],
-)
-def test_anything_else_is_a_type_error(value: object, returned: bool, words: str) -> None:
-    with pytest.raises(TypeError, match=words):
-        as_effect(value, returned)
-
-
-@pytest.mark.parametrize(
-    ("function", "takes"),
-    [
-        (lambda: 0, 0),
-        (lambda a: 0, 1),
-        (lambda a, b: 0, 2),
-        (lambda a, b, c=1: 0, 2),
-        (lambda *a: 0, 2),
-        (lambda a, *, b=1: 0, 1),
-        (lambda a, **b: 0, 1),
-    ],
-)
-def test_a_function_is_offered_no_more_than_it_declares(
-    function: Callable[..., Any], takes: int
-) -> None:
-    assert offered(function, 2) == takes
-
-
-# -- generators that notice when nobody runs them --------------------------------------------------
-
-
-class Helping(LoopModule):
-    def helper(self, n: int) -> Any:
-        yield from range(n)
-        return "done"
-
-    def outer(self) -> Any:
-        return (yield from self.helper(2))
-
-
-def test_a_helper_is_a_generator_to_its_caller() -> None:
-    assert list(Helping().helper(3)) == [0, 1, 2]
-    assert list(Helping().outer()) == [0, 1]
-    helper = Helping().helper(2)
-    assert isinstance(helper, Helper) and next(helper) == 0 and helper.send(None) == 1
-    helper.close()
-    assert Helping.helper.__name__ == "helper" and dropped_helper() is None
-
-
-def test_a_dropped_helper_is_noticed_once() -> None:
-    Helping().helper(3)
-    gc.collect()
-    assert dropped_helper() == "Helping.helper"
-    assert dropped_helper() is None
-
-
-# -- the module ------------------------------------------------------------------------------------
+class Plain(LoopModule):
+    pass
 
 
 def test_a_trainer_that_is_a_module_is_not_registered() -> None:
-    net = Helping()
+    net = Plain()
     net.trainer = nn.Linear(1, 1)  # type: ignore[assignment]
     assert list(net.children()) == [] and net.state_dict() == {}
 
 
 @pytest.mark.parametrize("what", ["random", "log", "log_dict"])
 def test_what_belongs_in_a_step_says_so_outside(what: str) -> None:
-    net = Helping()
+    net = Plain()
     with pytest.raises(RuntimeError, match="belongs in a step"):
         if what == "random":
             net.random.normal(3)
@@ -138,11 +47,11 @@ def test_lightnings_manual_optimization_raises_with_what_to_write(
     use: Callable[[LoopModule], Any], words: str
 ) -> None:
     with pytest.raises(RuntimeError, match=words):
-        use(Helping())
+        use(Plain())
 
 
 def test_device_and_dtype_are_those_of_the_parameters() -> None:
-    net = Helping()
+    net = Plain()
     assert net.device == torch.device("cpu") and net.dtype is torch.float32
     net.layer = nn.Linear(1, 1, dtype=torch.float64)
     assert net.dtype is torch.float64

@@ -4,8 +4,9 @@ from composefit.callbacks import Callback
 from composefit.data_parallel import DataParallel
 from composefit.effects import Effect, Gather, Once
 from composefit.losses import Mean, Sum
-from composefit.module import LoopModule, Step
+from composefit.module import LoopModule
 from composefit.optimizers import OptimizerConfig
+from composefit.steps import Step
 from composefit.strategies import SingleDevice, Strategy, ThreadDataParallel
 from composefit.trainer import Trainer
 from composefit.updates import Update

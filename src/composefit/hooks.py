@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from composefit.callbacks import Callback
-from composefit.module import Context, Logged, LoopModule, offered
+from composefit.module import Context, Logged, LoopModule
+from composefit.steps import offered
 
 _CALLBACK_ONLY = {"setup", "teardown", "on_exception"}
 

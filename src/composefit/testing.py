@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 from composefit import tree
 from composefit.callbacks import Callback
 from composefit.effects import Effect
-from composefit.lockstep.driver import Body, Lockstep
+from composefit.lockstep.contract import Body
+from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.gradients import Gradients
 from composefit.lockstep.scatter import scatter
 from composefit.lockstep.stepper import Stepper

@@ -18,7 +18,8 @@ from composefit import arguments, checkpoint, tree
 from composefit.callbacks import Callback, LastCheckpoint, ModelSummary, ProgressBar
 from composefit.data import Batches
 from composefit.hooks import HookCaller
-from composefit.lockstep.driver import Body, Lockstep
+from composefit.lockstep.contract import Body
+from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.scatter import batch_size
 from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import OnNonfinite, Stepper

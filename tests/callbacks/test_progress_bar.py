@@ -39,6 +39,7 @@ def fit(
             if validation_seconds is not None:
                 validate(trainer, bar, clock, validation_seconds)
             bar.on_train_epoch_end(trainer, None)
+            trainer.current_epoch = epoch + 1
         bar.on_train_end(trainer, None)
         bar.on_fit_end(trainer, None)
     except BaseException as exception:
@@ -156,6 +157,7 @@ def test_time_left_of_a_resumed_fit_counts_what_this_fit_did(make_trainer, clock
     bar = ProgressBar(console=pipe)
     bar.on_train_start(trainer, None)
     for trainer.current_epoch in (5, 6, 7):
+        bar.on_train_epoch_start(trainer, None)
         clock.now += 60.0
         bar.on_train_batch_end(trainer, None, None, None, 3)
         bar.on_train_epoch_end(trainer, None)

@@ -201,6 +201,19 @@ def test_a_one_shot_iterator_is_refused_before_anything_is_trained() -> None:
     trainer(max_epochs=1).fit(net, [data(7, 3)], iter([data(7, 3)]))
 
 
+def test_each_module_is_evaluated_as_itself() -> None:
+    class Named(Net):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def validation_step(self, x: Tensor) -> str:
+            return self.name
+
+    run = trainer()
+    assert [run.evaluate(net, data(2, 3)) for net in (Named("a"), Named("b"))] == ["a", "b"]
+
+
 def test_the_batch_index_is_handed_over() -> None:
     seen: list[int] = []
 

@@ -138,8 +138,8 @@ MUTANTS = (
         3,
         "gradients are unscaled before they are clipped",
         "lockstep/stepper.py",
-        "self._check(gradients.values(found), self.scales[name].inverse())",
-        "self._check(gradients.values(found), self.one)",
+        "self._check(gradients.values(found), self.found, self.scales[name].inverse())",
+        "self._check(gradients.values(found), self.found, self.one)",
         (
             f"{LOCKSTEP}stepper.py::test_float16_is_torchs_grad_scaler_and_autocast",
             f"{LOCKSTEP}stepper.py::test_a_hook_sees_unscaled_gradients_not_yet_clipped",
@@ -266,7 +266,7 @@ MUTANTS = (
     Mutant(
         6,
         "a function given to Once is bound to the owner",
-        "lockstep/driver.py",
+        "lockstep/barrier.py",
         "            function = replicas[0].owner_of(function)",
         "            pass",
         (
@@ -277,7 +277,7 @@ MUTANTS = (
     Mutant(
         6,
         "replicas read the owner anew after each Once",
-        "lockstep/driver.py",
+        "lockstep/barrier.py",
         "            replica.refresh(within_step=True)",
         "            pass",
         (f"{LOCKSTEP}driver.py::test_once_writes_for_all_shards_in_sample_order",),
@@ -286,8 +286,8 @@ MUTANTS = (
         6,
         "parametrize.cached is refused in threads",
         "strategies/thread_data_parallel.py",
-        "        self._refusing.__enter__()\n",
-        "        return\n",
+        "        cache, parametrize._cache = parametrize._cache, _NO_CACHE\n",
+        "        cache = parametrize._cache\n",
         (f"{LOCKSTEP}guards.py::test_parametrize_cached_is_refused_under_threads",),
     ),
     # -- 7 -------------------------------------------------------------------------------------
@@ -338,9 +338,9 @@ MUTANTS = (
     Mutant(
         8,
         "a step leaves the default generator as it found it",
-        "lockstep/driver.py",
-        "                generator.set_state(state)",
-        "                pass",
+        "lockstep/streams.py",
+        "            generator.set_state(state)",
+        "            pass",
         (f"{LOCKSTEP}shard.py::test_a_steps_own_draws_leave_the_default_generator_alone",),
     ),
     # -- 9 -------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ MUTANTS = (
         10,
         "shards that disagree raise",
         "lockstep/driver.py",
-        "                raise self._disagreement()",
+        "                raise messages.disagreement(shards)",
         "                pass",
         (f"{LOCKSTEP}driver.py::test_shards_that_disagree_raise_with_each_ones_yield",),
     ),
@@ -438,7 +438,7 @@ MUTANTS = (
         11,
         "tensor hooks are refused with several shards",
         "lockstep/driver.py",
-        "                _refuse_hooks(found, name)",
+        "                guards.refuse_hooks(found, name)",
         "                pass",
         (f"{LOCKSTEP}stepper.py::test_tensor_hooks_on_parameters_are_refused",),
     ),
@@ -462,7 +462,7 @@ MUTANTS = (
     Mutant(
         12,
         "the note lists the updates that were done",
-        "lockstep/shard.py",
+        "lockstep/messages.py",
         "updates done before it: {done}",
         "updates done",
         (f"{LOCKSTEP}shard.py::test_the_state_after_a_fault_is_that_of_the_last_completed",),

@@ -41,12 +41,12 @@ class DataParallel(nn.Module):
     the shards' changes, a buffer that all shards write alike is taken over; attributes that it sets
     stay on the replicas. Dropout and other draws of torch come from a stream per shard that follows
     from torch's default generator, so `torch.manual_seed` makes them reproducible; what Python and
-    NumPy draw globally depends on which thread comes first. Hooks on submodules run once
-    per shard, in its thread.
+    NumPy draw globally depends on which thread comes first. Hooks on submodules run once per shard,
+    in its thread.
 
     The wrapper is transparent: `state_dict` and the names of parameters are those of the module,
-    and attributes and methods are read from it and set on it. A method called so (`wrapped.encode(
-    x)`) is the module's own, and runs in the calling thread alone.
+    and attributes and methods are read from it and set on it. A method called so, such as
+    `wrapped.encode(x)`, is the module's own, and runs in the calling thread alone.
 
     Args:
         module: any module; its parameters stay where and what they are.

@@ -2,8 +2,8 @@
 
 A shard's gradient is taken as soon as it yields, so that its graph is gone before the next shard in
 time runs. Its weight must then be known: that of a sample mean is, since the cut is; that of a
-`Mean` is not, so it gets a backward of its own, whose sum is divided once all weights are there. After a
-`Gather` gradients need every shard, and all are taken at the barrier.
+`Mean` is not, so it gets a backward of its own, whose sum is divided once all weights are there.
+After a `Gather` gradients need every shard, and all are taken at the barrier.
 """
 
 from __future__ import annotations

@@ -8,16 +8,18 @@ explained here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import CodeType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from composefit.losses import Loss, as_loss
 
 _NAMES = (
     "grad mode",
@@ -122,9 +124,9 @@ def explain(error: RuntimeError, name: str, updates: Sequence[tuple[str, Place]]
     done = " and ".join(f"{updated!r} ({in_words(place)})" for updated, place in updates)
     if updates and (_STALE.search(str(error)) or isinstance(error, StaleGraphError)):
         return StaleGraphError(
-            f"the loss of {name!r} goes through weights that the update of {done} has changed since "
-            "it was computed: compute it (call the network again) after that yield, or update both "
-            f"at once with one `yield {{...}}`. autograd says: {error}"
+            f"the loss of {name!r} goes through weights that the update of {done} has changed "
+            "since it was computed: compute it (call the network again) after that yield, or "
+            f"update both at once with one `yield {{...}}`. autograd says: {error}"
         )
     if updates and _FREED.search(str(error)):
         return RuntimeError(
@@ -163,8 +165,29 @@ def foreign_mean(loss: Tensor) -> str | None:
     return None
 
 
+def foreign_means(losses: Iterable[Tensor | Loss]) -> Iterator[str]:
+    """The same for the terms of losses that stand for sample means."""
+    for loss in losses:
+        terms = loss.terms if isinstance(loss, Loss) else as_loss(loss, "the loss").terms
+        for term in terms:
+            found = foreign_mean(term.total) if term.weight is None else None
+            if found is not None:
+                yield found
+
+
 _NLL = {"NllLossBackward0", "NllLoss2DBackward0"}
 _MEAN = 1  # what F.cross_entropy's reduction="mean" is to the kernel
+
+
+def refuse_hooks(parameters: Sequence[Parameter], name: str) -> None:
+    """Refuse tensor hooks on parameters, of which each shard's backward would call its own."""
+    if any(parameter._backward_hooks for parameter in parameters):
+        raise RuntimeError(
+            f"a parameter of optimizer {name!r} has a tensor hook (register_hook), which would see "
+            "the gradient of each shard in place of the total: use "
+            "register_post_accumulate_grad_hook or on_before_optimizer_step, which run once, on "
+            "the total"
+        )
 
 
 def hints(error: BaseException, samples: Sequence[int | None]) -> Iterator[str]:
@@ -233,21 +256,20 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-@contextmanager
-def no_parametrization_cache() -> Iterator[None]:
-    """Refuse `parametrize.cached()` while shards run in threads: its cache is one for all."""
+class NoParametrizationCache(dict[Any, Any]):
+    """Stands for the cache of `parametrize.cached()` while shards run side by side.
 
-    class Refusing(dict[Any, Any]):
-        def get(self, key: Any, default: Any = None) -> Any:
-            raise RuntimeError(
-                "torch.nn.utils.parametrize.cached() keeps one cache for all threads, so that "
-                "shards would read each other's weights: leave it out, or train with "
-                "SingleDevice(shards=n)"
-            )
+    That is one cache for all threads: a shard would find another's weights in it.
+    """
 
-    before = parametrize._cache
-    parametrize._cache = Refusing()
-    try:
-        yield
-    finally:
-        parametrize._cache = before
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Refuse.
+
+        Raises:
+            RuntimeError: always; it says what to do instead.
+        """
+        raise RuntimeError(
+            "torch.nn.utils.parametrize.cached() keeps one cache for all threads, so that "
+            "shards would read each other's weights: leave it out, or train with "
+            "SingleDevice(shards=n)"
+        )

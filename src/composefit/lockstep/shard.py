@@ -14,9 +14,10 @@ from composefit.effects import Effect
 from composefit.lockstep import guards
 from composefit.lockstep.guards import Place
 from composefit.losses import Loss
-from composefit.module import Context, Helper, as_effect, dropped_helper, watch_helpers
+from composefit.module import Context
 from composefit.random import SampleRandom
 from composefit.replicas import Replica
+from composefit.steps import Helper, as_effect, dropped_helper, watch_helpers
 
 if TYPE_CHECKING:
     from composefit.lockstep.driver import Lockstep
@@ -222,20 +223,6 @@ class Shard:
             if explained is error:
                 raise
             raise explained from error
-
-
-def shard_note(shard: Shard, step: int, updates: dict[str, int]) -> str:
-    """The note on an error: where it happened and what was done before."""
-    if shard.effect is not None:
-        effect = f"last effect {shard.effect!r}"
-    else:
-        effect = "at its end" if shard.done else "before its first effect"
-    done = ", ".join(f"{name}: {n}" for name, n in updates.items()) or "none"
-    return (
-        f"shard {shard.index} (lane {shard.lane}, thread {shard.thread}), step {step}, "
-        f"batch {shard.batch_idx}, {effect}, in {shard.lock.body.name} ({shard.where()}); "
-        f"updates done before it: {done}"
-    )
 
 
 def _stray(name: str, stop: StopIteration) -> RuntimeError:

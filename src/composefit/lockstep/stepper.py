@@ -196,8 +196,8 @@ class Stepper:
             first = f", first in the gradient of {bad[0]} ({share})"
         return FloatingPointError(
             f"the update of {name!r} in step {step} is not finite: loss {loss.item():.4g}{first}. "
-            "No weight was changed. Lower the learning rate, clip (gradient_clip_val=...), look for "
-            'log(0) or a division by zero; Trainer(on_nonfinite="skip") leaves such updates out'
+            "No weight was changed. Lower the learning rate, clip (gradient_clip_val=...), look "
+            'for log(0) or a division by zero; Trainer(on_nonfinite="skip") leaves such updates out'
         )
 
     # -- fp16 ----------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ class LateCheck:
         if self.host.item() and on_nonfinite == "raise":
             raise FloatingPointError(
                 f"the update of {name!r} in step {self.step} was not finite (found one update "
-                "late, since the GPU was not waited for; a fused optimizer has left its weights alone, "
-                "another one has not)"
+                "late, since the GPU was not waited for; a fused optimizer has left its weights "
+                "alone, another one has not)"
             )
 
 

@@ -20,7 +20,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from composefit.lockstep import gradients
-from composefit.lockstep.driver import Body, Lockstep
+from composefit.lockstep.contract import Body
+from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.gradients import Gradients
 from composefit.losses import Loss
 from composefit.precision import Precision

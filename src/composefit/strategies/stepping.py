@@ -19,8 +19,8 @@ def step(optimizer: Optimizer) -> None:
     """As `optimizer.step()`.
 
     torch wraps every step in a profiler's mark and a walk over hooks, some 20 us, which is a tenth
-    of a tiny model's whole step. Where no profiler runs and nobody has a hook they change nothing, and
-    the step itself is called.
+    of a tiny model's whole step. Where no profiler runs and nobody has a hook they change nothing,
+    and the step itself is called.
     """
     bare = bare_step(optimizer)
     if bare is None:

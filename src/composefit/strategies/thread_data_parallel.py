@@ -10,13 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from composefit.lockstep import gradients
 from composefit.lockstep.gradients import Gradients
-from composefit.lockstep.guards import no_parametrization_cache
+from composefit.lockstep.guards import NoParametrizationCache
 from composefit.strategies.base import Strategy
 from composefit.strategies.splitting import WORTHWHILE, SplitOptimizer, add_split, dense
+
+_NO_CACHE = NoParametrizationCache()
 
 
 class ThreadDataParallel(Strategy):
@@ -48,14 +51,11 @@ class ThreadDataParallel(Strategy):
         self._workers: list[_Worker] = []
         self._split: WeakKeyDictionary[Optimizer, SplitOptimizer] = WeakKeyDictionary()
         self._threads_before = 1
-        self._refusing = no_parametrization_cache()
 
     def open(self) -> None:
         """Start the workers."""
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(self.intra_op_threads)
-        self._refusing = no_parametrization_cache()
-        self._refusing.__enter__()
         self._workers = [_Worker(i, self.intra_op_threads) for i in range(1, self.lanes)]
 
     def close(self) -> None:
@@ -64,7 +64,6 @@ class ThreadDataParallel(Strategy):
         for worker in workers:
             worker.stop()
         self._split.clear()
-        self._refusing.__exit__(None, None, None)
         torch.set_num_threads(self._threads_before)
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
@@ -75,6 +74,7 @@ class ThreadDataParallel(Strategy):
         own, *others = tasks
         workers = self._workers[: len(others)]
         interrupt: BaseException | None = None
+        cache, parametrize._cache = parametrize._cache, _NO_CACHE
         try:
             for worker, task in zip(workers, others, strict=True):
                 worker.start(task)
@@ -90,6 +90,7 @@ class ThreadDataParallel(Strategy):
                 break
             except KeyboardInterrupt as error:
                 interrupt = error
+        parametrize._cache = cache
         if interrupt is not None:
             raise interrupt
 
@@ -140,7 +141,8 @@ class _Worker:
 
     Two raw locks: of the ways to hand over in Python the quickest but for spinning (43 us a round
     trip; condition variables 47, queues 59). They only wake the other side, the truth is in `task`
-    and `busy`: a wake too many does no harm, so an interrupt between any two instructions does none.
+    and `busy`: a wake too many does no harm, so an interrupt between any two instructions does
+    none.
     """
 
     def __init__(self, index: int, intra_op_threads: int) -> None:

@@ -1,0 +1,125 @@
+"""What an effect may do with all shards of a step at the barrier (`composefit.effects.Barrier`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from composefit.effects import Pull
+from composefit.lockstep import guards, messages
+from composefit.lockstep.crossings import Crossing
+from composefit.lockstep.gradients import Gradients
+from composefit.lockstep.shard import Shard
+from composefit.lockstep.streams import ONCE
+from composefit.losses import Loss
+from composefit.module import Context
+from composefit.random import SampleRandom, Stream, hash_key
+
+if TYPE_CHECKING:
+    from composefit.lockstep.driver import Lockstep
+
+
+class StepBarrier:
+    """The verbs of effects, where `Shard` is what an effect sees of one shard.
+
+    Attributes:
+        once: what the functions of this step's `Once` log into and draw from; None before them.
+    """
+
+    def __init__(self, lock: Lockstep) -> None:
+        self.lock = lock
+        self.once: Context | None = None
+        self._once_stream = Stream()
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """The shards of the step, in sample order."""
+        return self.lock.shards
+
+    def cross(self, sources: list[list[Tensor]], leaves: list[list[Tensor]], pull: Pull) -> None:
+        """Let gradients flow from all shards' leaves to every shard's sources."""
+        self.lock.backward.crossings.append(Crossing(sources, leaves, pull))
+
+    def reduce(self, losses: Sequence[Loss | Tensor]) -> Tensor:
+        """One loss of each shard, reduced, detached."""
+        return self.lock.backward.reduce(losses)
+
+    def gradients(self, key: str) -> list[Tensor | None]:
+        """The gradients taken under `key`, over all shards."""
+        return self._total(key)[1]
+
+    def update(self, losses: dict[str, list[Loss | Tensor]]) -> dict[str, Tensor]:
+        """Step the named optimizers with the gradients taken; the reduced losses."""
+        lock = self.lock
+        assert lock.stepper is not None
+        reduced = {name: lock.backward.reduce(column) for name, column in losses.items()}
+        totals = {name: self._total(name) for name in losses}
+        for name, (_, found) in totals.items():
+            for gradient in found:
+                if gradient is not None:
+                    break
+            else:
+                raise messages.no_path(name, lock.body.name)
+        if lock.stepper.update(totals, reduced, lock.number):
+            place = lock.shards[0].place()
+            for name, (parameters, _) in totals.items():
+                lock.stale.stepped.append(parameters)
+                lock.history.append((name, place))
+            lock.updated = True
+        lock.losses.update(reduced)
+        return reduced
+
+    def on_owner(self, function: Callable[..., Any], *args: Tensor) -> Any:
+        """Call a function once, on the owner; what it writes all shards see afterwards."""
+        lock = self.lock
+        replicas = lock.replicas()
+        if replicas:
+            function = replicas[0].owner_of(function)
+        state = lock.owner.__dict__
+        outer = state.get("_context")
+        if lock.is_loop:
+            state["_context"] = self._owner_context()
+        try:
+            lock.open_streams()
+            with torch.no_grad(), self._once_stream:
+                result = function(*args)
+        finally:
+            if lock.is_loop:
+                state["_context"] = outer
+        for replica in replicas:
+            replica.refresh(within_step=True)
+        return result
+
+    def _owner_context(self) -> Context:
+        """Logs and draws of the functions that run once, the same for every strategy."""
+        lock = self.lock
+        if self.once is None:
+            random = SampleRandom(hash_key(lock.seed, ONCE))
+            random.begin(lock.number, 0, None, None, lock.dtype, lock.device)
+            self.once = Context(random, lambda: sum(shard.samples for shard in lock.shards))
+            self.once.training = lock.body.training
+            self._once_stream.seed(hash_key(lock.seed, ONCE, lock.number))
+            self.once.logs = lock.shards[0].context.logs  # it counts once: for the first shard
+        return self.once
+
+    def _total(self, key: str) -> tuple[list[Parameter], Gradients]:
+        backward = self.lock.backward
+        if backward.waiting:
+            backward.take_waiting(key, self.lock.shards, self._each_index)
+        return backward.total(key)
+
+    def _each_index(self, function: Callable[[int], None]) -> None:
+        def visit(shard: Shard) -> None:
+            try:
+                function(shard.index)
+            except RuntimeError as error:
+                explained = guards.explain(error, "the loss", self.lock.history)
+                if explained is not error:
+                    explained.__cause__ = error
+                shard.blame(explained)
+
+        self.lock.each(visit)
