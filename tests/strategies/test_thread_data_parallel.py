@@ -342,6 +342,14 @@ def test_nothing_of_a_finished_task_is_kept_by_a_worker() -> None:
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Started in the background, a process ignores Ctrl-C, and Python leaves it at that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def ctrl_c() -> None:
     """As the terminal sends it: to the main thread, whatever that waits for."""
     main = threading.main_thread().ident
