@@ -1,6 +1,7 @@
 """What effects accept, agree on and give back; their gradients are tests/lockstep's."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from composefit import Effect, Gather, Mean, Once, Strategy, Sum, Update
 from composefit.effects import Reduce, reduced_loss, shares
 from composefit.losses import SUMMED
 from composefit.updates import Gradient
-from tests.lockstep.steps import data, every_strategy, linear, module, trainer
+from tests.lockstep.steps import data, every_strategy, linear, module, several_shards, trainer
 
 X = torch.ones(3, 2)
 
@@ -212,3 +213,74 @@ def test_an_effect_of_ones_own_is_a_class_with_a_combine(strategy: Callable[[], 
 
     whole = data(7, 3)
     trainer(strategy()).step(module(step, net=linear(3, 2)), [whole])
+
+
+# -- what a shard must not hand over by the back door ----------------------------------------------
+
+
+@several_shards
+@pytest.mark.parametrize("kind", ["closure", "default", "partial"])
+def test_once_refuses_a_function_around_a_tensor_of_its_shard(
+    kind: str, strategy: Callable[[], Strategy]
+) -> None:
+    # Only one shard's would be used.
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        mean = x.mean()
+        functions: dict[str, Callable[..., Any]] = {
+            "closure": lambda: mean * 2,
+            "default": lambda value=mean: value * 2,
+            "partial": partial(torch.mul, mean, 2),
+        }
+        yield from Once(functions[kind])
+        yield {"net": self.net(x).mean()}
+
+    with pytest.raises(RuntimeError, match=r"hand the tensor over, `Once\(function, tensor\)`"):
+        trainer(strategy()).step(module(step), [data(7, 3)])
+
+
+@every_strategy
+def test_a_stop_iteration_in_once_is_no_end(strategy: Callable[[], Strategy]) -> None:
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        yield from Once(lambda: next(iter(())))
+        yield {"net": self.net(x).mean()}
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        trainer(strategy()).step(module(step), [data(7, 3)])
+
+
+@several_shards
+def test_each_shard_may_write_to_the_results_it_gets(strategy: Callable[[], Strategy]) -> None:
+    seen: list[float] = []
+
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        mean = yield Mean(x.detach().sum(), x.numel())
+        mean *= 2
+        losses = yield {"net": self.net(x).mean() * 0 + mean}
+        losses["net"] += 1
+        seen.append(losses["net"].item())
+
+    batch = data(7, 3)
+    trainer(strategy()).step(module(step), [batch])
+    assert seen == pytest.approx([2 * batch.mean().item() + 1] * len(seen), rel=1e-12)
+
+
+@several_shards
+@pytest.mark.parametrize("first", [True, False])
+def test_terms_of_a_loss_must_be_of_the_same_kinds_in_all_shards(
+    first: bool, strategy: Callable[[], Strategy]
+) -> None:
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        loss = self.net(x).sum()
+        swapped = bool(x[0, 0] == batch[0, 0]) is first
+        yield {"net": Mean(loss, 7) + Sum(loss) if swapped else Sum(loss) + Mean(loss, 7)}
+
+    batch = data(7, 3)
+    with pytest.raises(RuntimeError, match="disagree"):
+        trainer(strategy()).step(module(step), [batch])
+
+
+def test_counts_of_a_narrow_type_do_not_overflow() -> None:
+    weights = [Mean(torch.tensor(1.0), torch.tensor(100, dtype=torch.uint8)) for _ in range(3)]
+    assert sum(mean.terms[0].weight for mean in weights) == 300
+    flags = [Mean(torch.tensor(1.0), torch.tensor(True)) for _ in range(3)]
+    assert sum(mean.terms[0].weight for mean in flags) == 3

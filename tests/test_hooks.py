@@ -175,3 +175,48 @@ def test_hooks_have_no_samples_to_draw_for() -> None:
     call, _ = caller(Own())
     with pytest.raises(RuntimeError, match="hooks have no samples"):
         call("on_train_start")
+
+
+@pytest.mark.parametrize("who", ["module", "callback"])
+def test_a_hook_that_yields_is_refused(who: str) -> None:
+    class Own(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            yield batch
+
+    class Yielding(Callback):
+        def teardown(self, trainer: Any, module: Any, stage: str) -> Any:
+            yield
+
+    callbacks = [Yielding()] if who == "callback" else []
+    name = "Yielding.teardown" if callbacks else "Own.on_train_batch_start"
+    with pytest.raises(TypeError, match=f"{name} contains a yield"):
+        caller(Module() if callbacks else Own(), *callbacks)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("on_after_backward", r"write on_before_optimizer_step\(self, optimizer, name\)"),
+        ("on_before_zero_grad", "on_after_optimizer_step"),
+        ("optimizer_step", "yield {"),
+        ("configure_gradient_clipping", "OptimizerConfig"),
+        ("lr_scheduler_step", "OptimizerConfig"),
+        ("validation_epoch_end", "on_validation_epoch_end"),
+        ("on_epoch_end", "on_train_epoch_end"),
+        ("on_train_epoch_ends", r"did you mean on_train_epoch_end\?"),
+        ("on_val_batch_end", r"did you mean on_validation_batch_end\?"),
+        ("on_training_start", r"did you mean on_train_start\?"),
+    ],
+)
+def test_what_looks_like_a_hook_and_would_never_run_is_refused(name: str, instead: str) -> None:
+    own = type("Own", (Module,), {name: lambda self, *args: None})
+    derived = type("Derived", (own,), {})
+    with pytest.raises(TypeError, match=rf"Derived\.{name} is no hook that is called: .*{instead}"):
+        caller(derived())
+
+
+@pytest.mark.parametrize(
+    "name", ["on_owner", "on_train_batch_end_extra", "on_test_epoch_end", "setup", "step_optimizer"]
+)
+def test_methods_of_the_users_own_are_no_hooks(name: str) -> None:
+    caller(type("Own", (Module,), {name: lambda self, *args: None})())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from composefit import LoopModule, Mean, Sum, Update
-from composefit.effects import Reduce
+from composefit.effects import Gather, Once, Reduce
 from composefit.steps import Helper, as_effect, dropped_helper, offered
 from composefit.updates import OnlyUpdate
 
@@ -48,6 +48,9 @@ def test_what_is_handed_over_stands_for_an_effect(
         ((_ for _ in ()), False, r"yielded a generator.*write `yield from self\.helper"),
         ([LOSS], True, "returned list"),
         (lambda: LOSS, True, "returned function"),
+        (Gather(torch.ones(2, 1)), True, r"returned Gather\(\.\.\.\).*yield it"),
+        (Once(print), True, r"returned Once\(\.\.\.\).*yield it"),
+        (Reduce(Mean(LOSS, 2)), True, r"returned Reduce\(\.\.\.\).*yield it"),
     ],
 )
 def test_anything_else_is_a_type_error(value: object, returned: bool, words: str) -> None:

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from composefit import (
     Callback,
     LoopModule,
+    Mean,
     OptimizerConfig,
     SingleDevice,
     Strategy,
     ThreadDataParallel,
     Trainer,
+    Update,
 )
 from composefit.callbacks import LastCheckpoint, ModelSummary, ProgressBar
 from composefit.loggers import Logger
@@ -731,6 +733,65 @@ def test_a_batch_in_place_of_a_list_of_batches_is_refused(batches: Any) -> None:
         trainer().step(module(squares), batches)
 
 
+def test_an_empty_list_of_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least one loader batch.*step\(module, \[batch\]\)"):
+        trainer().step(module(squares), [])
+
+
+def test_the_module_belongs_to_the_trainer_that_steps() -> None:
+    def step(self: Any, x: Tensor) -> Tensor:
+        seen.append(self.global_step)
+        return squares(self, x)
+
+    seen: list[int] = []
+    net, a, b = module(step), trainer(), trainer()
+    for run in (a, a, b, a, b):
+        run.step(net, BATCHES[:1])
+    assert seen == [0, 1, 0, 2, 1] and net.trainer is b
+
+
+def test_a_dict_is_returned_for_its_loss_alone() -> None:
+    net, other = module(squares), module(lambda self, x: {"loss": squares(self, x), "size": len(x)})
+    trainer().step(net, BATCHES[:1])
+    trainer().step(other, BATCHES[:1])
+    assert same(net, other)
+    wrong = module(lambda self, x: {"loss": squares(self, x), "net": squares(self, x)})
+    with pytest.raises(ValueError, match=r"'net' is the optimizer: write {'net': loss} alone"):
+        trainer().step(wrong, BATCHES[:1])
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_what_validation_returns_is_joined_only_for_who_hears_it(heard: bool) -> None:
+    class Hears(Callback):
+        def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any) -> None:
+            raise AssertionError("nothing can be joined here")
+
+    net = module(squares)
+    type(net).validation_step = lambda self, x: self.log("val", squares(self, x)) or object()
+    run = trainer(SingleDevice("cpu", shards=2), callbacks=[Hears()] if heard else [])
+    if heard:
+        with pytest.raises(TypeError):
+            run.validate(net, BATCHES)
+    else:
+        assert set(run.validate(net, BATCHES)) == {"val"}
+
+
+@every_strategy
+def test_what_steps_append_is_in_the_order_of_the_samples(strategy: Make) -> None:
+    def step(self: Any, x: Tensor) -> Any:
+        self.outputs.extend(x.unbind())
+        mean = yield Mean(x.sum(), len(x))
+        self.features["mean"] = mean
+        yield Update({"net": self.net(x).square().mean() * self.features["mean"]})
+        self.outputs.append(None)
+
+    net = module(step)
+    net.outputs, net.features = [], {}
+    trainer(strategy()).fit(net, BATCHES)
+    rows = torch.stack([row for row in net.outputs if row is not None])
+    assert torch.equal(rows, torch.cat(BATCHES))
+
+
 # -- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -887,3 +948,9 @@ def test_a_bare_strategy_name_is_enough() -> None:
     assert type(Trainer(strategy="threads").strategy) is ThreadDataParallel
     assert type(Trainer().strategy) is SingleDevice
     assert weights(module(squares))
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_before_any_work() -> None:
+    net = net_with(lambda self: torch.optim.LBFGS(self.net.parameters()))
+    with pytest.raises(TypeError, match=r"'optimizer' is LBFGS, whose step\(closure\)"):
+        trainer().fit(net, BATCHES)

@@ -52,8 +52,11 @@ class Barrier(Protocol):
         `pull(i, cotangents)` gives those of shard i's sources from the sum over all shards'.
         """
 
-    def on_owner(self, function: Callable[..., Any], *args: Tensor) -> Any:
-        """Call a function once, on the owner module; what it writes all shards see afterwards."""
+    def on_owner(self, functions: Sequence[Callable[..., Any]], *args: Tensor) -> Any:
+        """Call a function once, on the owner module; what it writes all shards see afterwards.
+
+        `functions` are those of the shards: the same code, each around its own shard's module.
+        """
 
     def update(self, losses: dict[str, list[Loss | Tensor]]) -> dict[str, Tensor]:
         """Step the named optimizers with the gradients taken; the reduced losses."""
@@ -236,7 +239,7 @@ class Once(Effect[Any]):
         columns = zip(*(effect.tensors for effect in effects), strict=True)
         # Detached copies where there is one shard as well: the function may keep or change them.
         gathered = [torch.cat([t.detach() for t in column]) for column in columns]
-        result = barrier.on_owner(self.function, *gathered)
+        result = barrier.on_owner([effect.function for effect in effects], *gathered)
         if not self.rows:
             return [result] * len(effects)
         if self.tensors:
@@ -266,8 +269,8 @@ class Reduce(Effect[Tensor]):
         self.loss = loss
 
     def agreement(self) -> Hashable:
-        """The number of terms."""
-        return ("Reduce", len(self.loss.terms))
+        """What each term is a mean over."""
+        return ("Reduce", kinds(self.loss))
 
     def combine(self, barrier: Barrier, effects: Sequence[Reduce]) -> list[Tensor]:
         """The sum of the totals over the sum of the weights, term by term."""
@@ -279,7 +282,7 @@ class Reduce(Effect[Tensor]):
         with torch.no_grad():
             reduced = reduced_loss(columns, fractions)
         if not any(term.total.requires_grad for column in columns for term in column):
-            return [reduced.data for _ in effects]
+            return [reduced.clone() for _ in effects]
         copies = [reduced.data.requires_grad_() for _ in effects]
 
         def pull(index: int, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -297,6 +300,16 @@ class Reduce(Effect[Tensor]):
 
 
 Share = tuple[float, Any]
+
+
+def kinds(loss: Loss | Tensor) -> tuple[str, ...]:
+    """What each term of a loss is: shards can only be added up term by term."""
+    if isinstance(loss, Tensor):
+        return ("sample mean",)
+    return tuple(
+        "sample mean" if t.weight is None else "sum" if t.weight is SUMMED else "mean"
+        for t in loss.terms
+    )
 
 
 def shares(weights: Sequence[Any], samples: Sequence[int]) -> list[Share]:

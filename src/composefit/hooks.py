@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,42 @@ _IN_A_STEP = {
     "on_train_batch_end",
 }
 
+_HOOKS = [name for name in vars(LoopModule) if name.startswith("on_")]
+_ALL_HOOKS = [*_HOOKS, *_CALLBACK_ONLY]
+
+_AFTER_GRADIENTS = "write on_before_optimizer_step(self, optimizer, name), which sees the gradients"
+_YIELD = 'write what an update is in training_step: yield {"name": loss}'
+_WHOLE_BATCH = "write `outputs = yield from Gather(tensor)` in training_step"
+_OUTPUTS = "collect in a list with self.outputs.append(...) in the step, and write "
+_IN_THE_LOADER = "do it in the data loader, or in the step"
+
+# Lightning's hooks of a module that are not called here, and what to write instead.
+_NOT_CALLED = {
+    "on_before_backward": _AFTER_GRADIENTS,
+    "on_after_backward": _AFTER_GRADIENTS,
+    "on_before_zero_grad": "write on_after_optimizer_step(self, optimizer, name)",
+    "optimizer_step": _YIELD,
+    "optimizer_zero_grad": "leave it out: gradients never outlive an update",
+    "configure_gradient_clipping": "write OptimizerConfig(optimizer, gradient_clip_val=...)",
+    "lr_scheduler_step": 'write OptimizerConfig(optimizer, scheduler, interval="step")',
+    "training_step_end": _WHOLE_BATCH,
+    "validation_step_end": "write on_validation_batch_end(self, outputs, batch, batch_idx)",
+    "training_epoch_end": _OUTPUTS + "on_train_epoch_end(self)",
+    "validation_epoch_end": _OUTPUTS + "on_validation_epoch_end(self)",
+    "on_epoch_start": "write on_train_epoch_start(self)",
+    "on_epoch_end": "write on_train_epoch_end(self)",
+    "on_batch_start": "write on_train_batch_start(self, batch, batch_idx)",
+    "on_batch_end": "write on_train_batch_end(self, outputs, batch, batch_idx)",
+    "on_validation_model_eval": "call self.part.eval() in on_validation_start(self)",
+    "on_validation_model_train": "call self.part.train() in on_validation_end(self)",
+    "on_before_batch_transfer": _IN_THE_LOADER,
+    "on_after_batch_transfer": _IN_THE_LOADER,
+    "transfer_batch_to_device": _IN_THE_LOADER,
+    "configure_callbacks": "write Trainer(callbacks=[...])",
+    "on_save_checkpoint": "keep it in a buffer, or in state_dict(self) of a callback",
+    "on_load_checkpoint": "keep it in a buffer, or in load_state_dict(self, state) of a callback",
+}
+
 
 class HookCaller:
     """The hooks of one run, found once.
@@ -34,6 +72,9 @@ class HookCaller:
             save state.
         callbacks: in their order.
         heard: called after every group of hooks, with what they logged.
+
+    Raises:
+        TypeError: a hook is a generator, or the module has one that nobody calls.
     """
 
     def __init__(
@@ -49,6 +90,10 @@ class HookCaller:
         self._heard = heard
         self._context = Context(None)
         self._found: dict[str, list[Callable[..., Any]]] = {}
+        _refuse_uncalled(module)
+        _refuse_generators(module, _HOOKS)
+        for callback in self._callbacks:
+            _refuse_generators(callback, _ALL_HOOKS)
 
     def anybody(self, name: str, count: int) -> bool:
         """Whether somebody has written this hook, which is offered `count` arguments.
@@ -97,6 +142,37 @@ class HookCaller:
             for callback in callbacks
             if _written(callback, Callback, name)
         ]
+
+
+def _refuse_uncalled(module: LoopModule) -> None:
+    """Refuse methods that look like hooks, and would be ignored without a word."""
+    known = LoopModule.__mro__
+    written = {
+        name
+        for kind in type(module).__mro__
+        if kind not in known
+        for name, value in vars(kind).items()
+        if callable(value)
+    }
+    for name in sorted(written.difference(_ALL_HOOKS)):
+        instead = _NOT_CALLED.get(name)
+        if instead is None and name.startswith("on_"):
+            usual = name.replace("on_val_", "on_validation_").replace("on_training_", "on_train_")
+            close = get_close_matches(usual, _HOOKS, n=1, cutoff=0.9)
+            instead = f"did you mean {close[0]}?" if close else None
+        if instead is not None:
+            raise TypeError(f"{type(module).__name__}.{name} is no hook that is called: {instead}")
+
+
+def _refuse_generators(owner: object, names: Iterable[str]) -> None:
+    for name in names:
+        hook = getattr(owner, name, None)
+        if inspect.isgeneratorfunction(hook) or hasattr(hook, "makes_helpers"):
+            raise TypeError(
+                f"{type(owner).__name__}.{name} contains a yield, and hooks are called as plain "
+                "functions: they run once, for all shards, and need no effects; leave it out, or "
+                "write `yield` in training_step"
+            )
 
 
 def _written(owner: object, base: type, name: str) -> bool:

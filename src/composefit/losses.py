@@ -133,7 +133,8 @@ class Mean(Loss):
                     f"Mean expects a 0-dim weight, got shape {tuple(weight.shape)}: "
                     "pass how many there are in all, e.g. mask.sum()"
                 )
-            weight = weight.detach()
+            # Counts of a narrow type would overflow in the sum over shards.
+            weight = _wide(weight.detach())
         elif not isinstance(weight, (int, float)):
             raise TypeError(
                 f"Mean expects a number or a 0-dim tensor as weight, got {type(weight).__name__}"
@@ -221,3 +222,9 @@ def describe(value: object) -> str:
         return "None"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _wide(weight: Tensor) -> Tensor:
+    if weight.dtype in (torch.float32, torch.float64, torch.int64):
+        return weight
+    return weight.float() if weight.is_floating_point() else weight.long()

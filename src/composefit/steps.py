@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Set
 from difflib import get_close_matches
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
-from composefit.effects import Effect, Reduce
+from composefit.effects import Effect, Gather, Once, Reduce, ShardView
 from composefit.losses import Loss, describe
 from composefit.updates import OnlyUpdate, Update
 
@@ -34,12 +34,20 @@ def as_effect(value: object, returned: bool) -> Effect[Any] | None:
     if isinstance(value, Tensor):
         return OnlyUpdate({ONLY: value})
     if isinstance(value, Effect):
+        if returned and isinstance(value, (Gather, Once, Reduce)):
+            kind = type(value).__name__
+            raise TypeError(
+                f"training_step returned {kind}(...), whose result nobody would get: yield it, "
+                f"`result = yield from {kind}(...)`, and return a loss"
+            )
         return value
     if isinstance(value, Loss):
         return OnlyUpdate({ONLY: value}) if returned else Reduce(value)
     if isinstance(value, dict):
         if returned and "loss" in value:
-            return as_effect(value["loss"], returned)
+            loss = as_effect(value["loss"], returned)
+            others = value.keys() - {"loss"}
+            return _LossOf(loss.losses, others) if type(loss) is OnlyUpdate and others else loss
         return Update(cast("dict[str, Tensor | Loss]", value))
     if value is None and returned:
         return None
@@ -60,6 +68,26 @@ def as_effect(value: object, returned: bool) -> Effect[Any] | None:
         f"training_step {verb} {describe(value)}, expected a loss (0-dim tensor, Mean, Sum), "
         f"{{name: loss}} or an effect (Update, Gather, Once, ...){hint}"
     )
+
+
+class _LossOf(OnlyUpdate):
+    """A returned `{"loss": loss, ...}`, of which nothing but the loss is looked at."""
+
+    __slots__ = ("others",)
+
+    def __init__(self, losses: Mapping[str, Tensor | Loss], others: Set[object]) -> None:
+        super().__init__(losses)
+        self.others = others
+
+    def visit(self, shard: ShardView) -> None:
+        """As `OnlyUpdate`, once it is sure that none of the others was meant as a loss."""
+        (name,) = self.losses  # by now the optimizer's
+        if name in self.others:
+            raise ValueError(
+                f'training_step returned {{"loss": ..., {name!r}: ...}}, and {name!r} is the '
+                f"optimizer: write {{{name!r}: loss}} alone, or give the other value another name"
+            )
+        super().visit(shard)
 
 
 def unknown_optimizer(name: object, known: list[str]) -> ValueError:

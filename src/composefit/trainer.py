@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections import Counter
@@ -240,6 +241,7 @@ class Trainer:
 
         Raises:
             TypeError: `batches` is no list.
+            ValueError: it is empty.
             Whatever the module's code raises, with a note of the shard, effect and step.
         """
         if not isinstance(batches, list):
@@ -248,10 +250,17 @@ class Trainer:
                 f"trainer.step expects a list of loader batches, got {type(batches).__name__}: "
                 "write trainer.step(module, [batch])"
             )
+        if not batches:
+            raise ValueError(
+                "trainer.step expects a list of at least one loader batch, got an empty list: "
+                "write trainer.step(module, [batch])"
+            )
         if self.module is not module or self._training is None:
             self._check(module, "training_step", "configure_optimizers")
             self._attach(module)
             self._start_training(module)
+        elif module.trainer is not self:  # another trainer has had it in the meantime
+            module.trainer = self
         driver = self._training
         assert driver is not None
         shards = driver.step(batches, batch_idx, self.global_step)
@@ -270,7 +279,12 @@ class Trainer:
         return losses
 
     def evaluate(self, module: LoopModule, batch: Any, batch_idx: int = 0) -> Any:
-        """One evaluation step: what a loop calls; what the step returned, joined over shards."""
+        """One evaluation step: what a loop calls.
+
+        Returns:
+            What the step returned, joined over shards; within `fit` and `validate` None, where
+            several shards have returned something and no `on_validation_batch_end` asks for it.
+        """
         driver = self._evaluating
         if driver is None or driver.owner is not module:
             body = Body.method(module, "validation_step", training=False)
@@ -280,7 +294,11 @@ class Trainer:
         if self.loggers and (batch_idx + 1) % self.log_every_n_steps == 0:
             self._write(self.evaluation_logs.step_values())
         outputs = [shard.output for shard in shards]
-        return outputs[0] if len(outputs) == 1 else tree.join(outputs)
+        if len(outputs) == 1:
+            return outputs[0]
+        if self._sessions is not None and not self.call.anybody("on_validation_batch_end", 3):
+            return None  # what cannot be joined does no harm where nobody looks at it
+        return tree.join(outputs)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write module, optimizers, schedulers, loss scales, loops and callbacks, atomically.
@@ -482,6 +500,7 @@ class Trainer:
         self.strategy.place(module, self.precision.dtype)
         self.optimizers = read_optimizers(module.configure_optimizers(), module)
         for one in self.optimizers.values():
+            _refuse_closure(one)
             if one.gradient_clip_val is None:
                 one.gradient_clip_val = self.gradient_clip_val
             if one.gradient_clip_val == math.inf:
@@ -605,6 +624,19 @@ class Trainer:
         if schedule.strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
+
+
+def _refuse_closure(one: NamedOptimizer) -> None:
+    """Refuse an optimizer that evaluates the loss itself, such as `torch.optim.LBFGS`."""
+    step = one.optimizer.step
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        kind = type(one.optimizer).__name__
+        raise TypeError(
+            f"optimizer {one.name!r} is {kind}, whose step(closure) evaluates the loss several "
+            "times, while a step of training evaluates it once: give configure_optimizers an "
+            "optimizer whose step() needs no closure, such as SGD or Adam"
+        )
 
 
 def _despite(error: BaseException, task: Callable[[], Any]) -> None:

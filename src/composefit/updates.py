@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from composefit.effects import Barrier, Effect, ShardView
+from composefit.effects import Barrier, Effect, ShardView, kinds
 from composefit.losses import Loss, as_loss, describe
 
 
@@ -54,7 +54,8 @@ class Update(Effect["dict[str, Tensor]"]):
 
     def agreement(self) -> Hashable:
         """The names, in their order."""
-        return ("Update", tuple(self.losses), self.retain_graph)
+        losses = tuple((name, kinds(loss)) for name, loss in self.losses.items())
+        return ("Update", losses, self.retain_graph)
 
     def visit(self, shard: ShardView) -> None:
         """Take this shard's gradients."""
@@ -68,7 +69,11 @@ class Update(Effect["dict[str, Tensor]"]):
 
     def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
         """Step with the total gradients."""
-        return [barrier.update(_columns(effects))] * len(effects)
+        reduced = barrier.update(_columns(effects))
+        if len(effects) == 1:
+            return [reduced]
+        # Each shard may write to what it gets.
+        return [{name: loss.clone() for name, loss in reduced.items()} for _ in effects]
 
     def __repr__(self) -> str:
         return "{" + ", ".join(f"{name!r}: loss" for name in self.losses) + "}"
@@ -82,7 +87,7 @@ class OnlyUpdate(Update):
     def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
         """As `Update`, with the loss by itself."""
         (reduced,) = barrier.update(_columns(effects)).values()
-        return [reduced] * len(effects)
+        return [reduced] if len(effects) == 1 else [reduced.clone() for _ in effects]
 
     def __repr__(self) -> str:
         return "a loss"

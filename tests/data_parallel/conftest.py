@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,8 +39,17 @@ class Seen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.forwards: list[str] = []
-        self.backwards: list[str] = []
+        # In an object of their own: of a list, each shard has a copy, which comes back after the
+        # forward, and what a backward appends later does not.
+        self.notes = SimpleNamespace(forwards=[], backwards=[])
+
+    @property
+    def forwards(self) -> list[str]:
+        return self.notes.forwards
+
+    @property
+    def backwards(self) -> list[str]:
+        return self.notes.backwards
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards.append(threading.current_thread().name)

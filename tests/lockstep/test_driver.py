@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from composefit import Gather, LoopModule, Mean, Once, SingleDevice, Strategy, ThreadDataParallel
+from composefit import (
+    Callback,
+    Gather,
+    LoopModule,
+    Mean,
+    Once,
+    SingleDevice,
+    Strategy,
+    ThreadDataParallel,
+)
 from tests.lockstep.steps import (
     F64,
     data,
@@ -528,3 +537,86 @@ def test_own_generators_of_python_and_numpy_are_fine() -> None:
     run = trainer(ThreadDataParallel(3))
     run.step(module(step), [data(6, 3)])
     assert run.updates == {"net": 1}
+
+
+# -- what only one piece of code may do ------------------------------------------------------------
+
+
+@several_shards
+def test_parameters_written_in_the_step_are_refused(strategy: Callable[[], Strategy]) -> None:
+    # BYOL's momentum update at the start of the step: once per shard, silently.
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.net.weight, 0.1)
+        yield {"net": self.net(x).mean()}
+
+    net = module(step, net=linear(3, 2), teacher=linear(3, 2, seed=5))
+    net.teacher.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"parameter 'teacher\.weight' in each of its shards"):
+        trainer(strategy()).step(net, [data(7, 3)])
+
+
+@several_shards
+def test_parameters_written_once_are_none_of_the_shards_doing(
+    strategy: Callable[[], Strategy],
+) -> None:
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        yield from Once(lambda: self.teacher.weight.lerp_(self.net.weight, 0.1))
+        yield {"net": self.net(x).mean()}
+        yield {"net": self.net(x).mean()}
+
+    net = module(step, net=linear(3, 2), teacher=linear(3, 2, seed=5))
+    net.teacher.requires_grad_(False)
+    expected = net.teacher.weight.lerp(net.net.weight, 0.1)
+    trainer(strategy()).step(net, [data(7, 3)])
+    assert torch.equal(net.teacher.weight, expected)
+
+
+def test_draws_of_a_function_that_runs_once_are_no_draws_of_the_shards() -> None:
+    # An image pool draws from Python's generator, at the barrier, where nobody runs beside it.
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        yield from Once(lambda: random.random())
+        yield {"net": self.net(x).mean()}
+
+    trainer(ThreadDataParallel(2)).step(module(step), [data(6, 3)])
+
+
+@every_strategy
+def test_what_hooks_draw_does_not_move_the_default_generator(
+    strategy: Callable[[], Strategy],
+) -> None:
+    class Noise(Callback):
+        def on_before_optimizer_step(
+            self, trainer: Any, module: Any, optimizer: Any, name: str
+        ) -> None:
+            torch.randn(3)
+
+    before = torch.get_rng_state()
+    trainer(strategy(), callbacks=[Noise()]).step(
+        module(lambda self, x: self.net(x).mean()), [data(7, 3)]
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_within_itself_is_refused() -> None:
+    def step(self: Any, x: Tensor) -> Tensor:
+        self.trainer.step(self, [x])
+        return self.net(x).mean()
+
+    with pytest.raises(RuntimeError, match="called from within itself"):
+        trainer().step(module(step), [data(6, 3)])
+
+
+@every_strategy
+def test_an_exception_that_takes_no_notes_comes_out_as_itself(
+    strategy: Callable[[], Strategy],
+) -> None:
+    class Frozen(Exception):
+        def add_note(self, note: str) -> None:
+            raise AttributeError("frozen")
+
+    def step(self: Any, x: Tensor) -> Tensor:
+        raise Frozen(3)
+
+    with pytest.raises(Frozen):
+        trainer(strategy()).step(module(step), [data(6, 3)])

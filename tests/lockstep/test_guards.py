@@ -90,6 +90,26 @@ def test_checkpointed_weights_updated_since_raise(
 
 
 @every_strategy
+def test_checkpointed_weights_are_watched_after_a_validation_too(
+    strategy: Callable[[], Strategy],
+) -> None:
+    # The validation's driver has a guard of its own, which must not stay in the way.
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        if self.current_epoch == 0:
+            yield {"a": self.a(x).mean(), "b": self.b(x).mean()}
+            return
+        old = checkpoint(self.b, self.a(x).tanh(), use_reentrant=False).square().mean()
+        yield {"b": self.b(self.a(x).detach()).square().mean()}
+        yield {"a": old}
+
+    net = pair(step)
+    type(net).validation_step = lambda self, x: self.log("value", self.a(x).mean())
+    batches = [data(6, 3)]
+    with pytest.raises(RuntimeError, match="has changed since"):
+        trainer(strategy(), max_epochs=2).fit(net, batches, batches)
+
+
+@every_strategy
 def test_checkpointing_others_weights_than_those_updated_is_exact(
     strategy: Callable[[], Strategy],
 ) -> None:

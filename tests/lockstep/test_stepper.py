@@ -470,3 +470,74 @@ def test_equal_runs_end_equal() -> None:
     for net, rows in zip(nets, (6, 6, 5), strict=True):
         trainer().step(net, [data(rows, 3)])
     assert same(nets[0], nets[1]) and not same(nets[0], nets[2])
+
+
+# -- gradients of other kinds ----------------------------------------------------------------------
+
+
+@every_strategy
+def test_sparse_float16_gradients_are_unscaled(strategy: Callable[[], Strategy]) -> None:
+    nets = []
+    for sparse in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            table = nn.Embedding(6, 3, sparse=sparse)
+        net = module(lambda self, x: self.net(x).square().mean(), net=table)
+        run = trainer(strategy(), precision="16-mixed")
+        run.step(net, [torch.tensor([0, 1, 1, 2, 5, 5])])
+        assert run.updates == {"net": 1}
+        nets.append(net)
+    torch.testing.assert_close(weights(nets[0]), weights(nets[1]))
+
+
+@every_strategy
+def test_an_update_leaves_graphs_of_weights_that_it_does_not_reach_alone(
+    strategy: Callable[[], Strategy],
+) -> None:
+    def step(self: Any, x: Tensor) -> Iterator[Any]:
+        first, second = (layer(x).square().mean() for layer in self.net)
+        yield first
+        yield second
+
+    # Of two layers: the backward of the first alone would not read its weights.
+    layers = [nn.Sequential(linear(3, 2, seed), nn.Tanh(), linear(2, 1, seed)) for seed in (0, 1)]
+    net, x = module(step, net=nn.ModuleList(layers)), data(6, 3)
+    expected = copy.deepcopy(net.net)
+    for layer in expected:
+        found = torch.autograd.grad(layer(x).square().mean(), list(layer.parameters()))
+        with torch.no_grad():
+            for p, g in zip(layer.parameters(), found, strict=True):
+                p -= 0.1 * g
+    trainer(strategy()).step(net, [x])
+    torch.testing.assert_close(net.net.state_dict(), expected.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+class _Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.complex(data(3, 2), data(3, 2, seed=2)))
+
+
+@every_strategy
+@pytest.mark.parametrize("bad", [False, True])
+def test_complex_gradients_are_checked_and_applied(
+    bad: bool, strategy: Callable[[], Strategy]
+) -> None:
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        return (x.to(weight.dtype) @ weight).abs().square().mean()
+
+    def step(self: Any, x: Tensor) -> Tensor:
+        # The gradient of the loss alone is finite, but for its imaginary part.
+        return loss(self.net.weight, x) + (self.net.weight.imag * (math.inf if bad else 0)).sum()
+
+    net, x = module(step, net=_Complex()), data(6, 3)
+    (before,) = weights(net)
+    leaf = before.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, x), leaf)
+    if bad:
+        with pytest.raises(FloatingPointError, match=r"gradient of net\.weight"):
+            trainer(strategy()).step(net, [x])
+        assert torch.equal(net.net.weight, before)
+    else:
+        trainer(strategy()).step(net, [x])
+        torch.testing.assert_close(net.net.weight.detach(), before - 0.1 * gradient)

@@ -24,13 +24,6 @@ def test_references_point_into_the_replica():
     assert owner.function.__closure__[0].cell_contents is owner
 
 
-def test_containers_without_modules_stay_shared():
-    owner = Blocks()
-    copy = Replica(owner).module
-    copy.outputs.append(1)
-    assert owner.outputs == [1]
-
-
 def test_a_container_shared_with_the_owner_is_not_the_copys_when_modules_are_keys():
     owner = nn.Sequential(nn.Linear(3, 3))
     owner.names = {owner[0]: "first"}

@@ -145,6 +145,21 @@ def test_frozen_parameters_are_left_out(threads: Strategy) -> None:
     assert len(found) == 1
 
 
+def test_gradients_are_aligned_with_the_parameters_given_frozen_or_not(strategy: Strategy) -> None:
+    net = nn.Linear(2, 1)
+    net.weight.requires_grad_(False)
+    _, found = strategy.gradient(
+        lambda net, x: net(x).mean(), net, torch.ones(6, 2), [net.weight, net.bias]
+    )
+    assert found == [None, torch.ones(1)]
+
+
+def test_one_tensor_as_parameters_is_an_error(threads: Strategy) -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r"got one tensor: write parameters=\[p\]"):
+        threads.gradient(lambda net, x: net(x).mean(), net, torch.ones(4, 2), net.weight)
+
+
 def test_both_threads_run_forward_and_backward(threads: Strategy) -> None:
     from tests.data_parallel.conftest import Seen
 
@@ -198,8 +213,61 @@ def test_a_module_that_is_gone_is_not_mistaken_for_another(threads: Strategy) ->
         assert found[0].shape == net.weight.shape
 
 
-def test_the_default_generator_goes_on_as_if_nobody_had_drawn(strategy: Strategy) -> None:
+def test_the_default_generator_goes_on_by_one_draw_whatever_the_shards_draw(
+    strategy: Strategy,
+) -> None:
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1))
-    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.empty((), dtype=torch.int64).random_()
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    strategy.gradient(lambda net, x: net(x).mean(), net, torch.ones(4, 2))
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_the_default_generator_stays_where_it_was_if_no_shard_draws(strategy: Strategy) -> None:
+    net, state = nn.Linear(2, 1), torch.get_rng_state()
     strategy.gradient(lambda net, x: net(x).mean(), net, torch.ones(4, 2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_manual_seed_repeats_what_the_shards_draw(strategy: Strategy) -> None:
+    net, x = nn.Sequential(nn.Dropout(0.5), nn.Linear(50, 1, bias=False)), torch.ones(6, 50)
+    found = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        found.append(strategy.gradient(lambda net, x: net(x).mean(), net, x)[1][0])
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+    torch.manual_seed(0)
+    (fresh,) = STRATEGIES["2 threads"]().gradient(lambda net, x: net(x).mean(), net, x)[1]
+    if strategy.lanes == 2:  # nor does it matter what the strategy has done before
+        assert torch.equal(fresh, found[0])
+
+
+# -- used where it is in use -----------------------------------------------------------------------
+
+
+def test_a_gradient_within_that_of_the_same_module_is_an_error(strategy: Strategy) -> None:
+    net, x = nn.Linear(2, 1), torch.ones(6, 2)
+
+    def within(replica: Any, shard: Tensor) -> Tensor:
+        strategy.gradient(lambda net, x: net(x).mean(), net, x)
+        return replica(shard).mean()
+
+    with pytest.raises(RuntimeError, match=r"already running.*use another strategy object"):
+        strategy.gradient(within, net, x)
+    _, found = strategy.gradient(lambda net, x: net(x).mean(), net, x)
+    torch.testing.assert_close(found[0], torch.ones(1, 2))
+
+
+def test_lanes_in_use_are_refused_to_another_module(threads: Strategy) -> None:
+    net, other, x = nn.Linear(2, 1), nn.Linear(2, 1), torch.ones(6, 2)
+
+    def within(replica: Any, shard: Tensor) -> Tensor:
+        threads.gradient(lambda net, x: net(x).mean(), other, x)
+        return replica(shard).mean()
+
+    with pytest.raises(RuntimeError, match=r"already running.*use another strategy object"):
+        threads.gradient(within, net, x)
+    _, found = threads.gradient(lambda net, x: net(x).mean(), net, x)
+    torch.testing.assert_close(found[0], torch.ones(1, 2))

@@ -117,6 +117,32 @@ def test_a_split_optimizer_is_bitwise_the_optimizer(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("change", ["data", "step"])
+def test_a_split_optimizer_follows_what_is_changed_between_steps(change: str) -> None:
+    nets = [Net(), Net()]
+    whole, ours = (Adam(net.parameters(), lr=0.1) for net in nets)
+    split = SplitOptimizer(ours, 3)
+    done = []
+    for number in range(5):
+        for net, optimizer in zip(nets, (whole, ours), strict=True):
+            torch.manual_seed(number)
+            net.zero_grad()
+            net(torch.randn(4, 3, 6, 6)).square().mean().backward()
+            if number >= 2 and change == "data":
+                for p in net.parameters():
+                    p.data = p.data.clamp(-0.05, 0.05)
+            if number == 3 and change == "step":
+                for state in optimizer.state.values():
+                    state["step"].fill_(0)
+        whole.step()
+        done.append(split.step(run))
+        if not done[-1]:
+            ours.step()
+    assert done == [False] + [True] * 4
+    assert same(*nets)
+
+
+@pytest.mark.usefixtures("_small")
 def test_what_does_not_suit_is_left_whole() -> None:
     class Own(Adam):
         pass

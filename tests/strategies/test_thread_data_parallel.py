@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from composefit import SingleDevice, Sum, ThreadDataParallel
@@ -337,6 +338,156 @@ def test_nothing_of_a_finished_task_is_kept_by_a_worker() -> None:
         strategy.run([lambda one=one: None for one in held])
         gc.collect()
         assert [sys.getrefcount(one) for one in held] == before
+
+
+def test_a_task_given_during_a_wake_too_many_is_not_lost() -> None:
+    with ThreadDataParallel(2) as strategy:
+        (worker,) = strategy._workers
+        ran: list[int] = []
+
+        class Stopped(type(worker)):  # type: ignore[misc]
+            """Its `task` is set right after it was found to be none."""
+
+            @property
+            def task(self) -> Any:
+                found = vars(self).get("task")
+                if found is None and not ran and not self.stopping:
+                    vars(self)["task"] = lambda: ran.append(1)
+                    self.busy = True
+                    self.wake()
+                return found
+
+            @task.setter
+            def task(self, value: Any) -> None:
+                vars(self)["task"] = value
+
+        worker.__class__ = Stopped
+        worker.wake()
+        for _ in range(200):
+            if ran:
+                break
+            time.sleep(0.01)
+        assert ran == [1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_task_that_ends_its_thread_is_not_waited_for() -> None:
+    def dies() -> None:
+        raise ValueError("against the contract")
+
+    with ThreadDataParallel(2) as strategy:
+        (worker,) = strategy._workers
+        strategy.run([lambda: None, dies])
+        assert not worker.busy
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_threads_that_cannot_be_started_leave_all_as_before(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = threading.Thread.start, []
+
+    def fails(self: threading.Thread) -> None:
+        if len(started) == 2:
+            raise error("no more threads")
+        started.append(self)
+        start(self)
+
+    before, number = set(threading.enumerate()), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        strategy = ThreadDataParallel(4)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fails)
+            with pytest.raises(error, match="no more threads"), strategy:
+                pass
+        assert len(started) == 2 and set(threading.enumerate()) == before
+        assert torch.get_num_threads() == 2
+        with strategy:
+            assert len(set(threading.enumerate()) - before) == 3
+        assert set(threading.enumerate()) == before
+    finally:
+        torch.set_num_threads(number)
+
+
+def test_an_error_while_the_threads_are_stopped_puts_the_callers_number_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        strategy = ThreadDataParallel(3)
+        strategy.open()
+        workers = list(strategy._workers)
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(workers[0], "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            strategy.close()
+        assert torch.get_num_threads() == 2
+        for worker in workers:  # all were told to stop
+            worker.thread.join(10)
+            assert not worker.thread.is_alive()
+    finally:
+        torch.set_num_threads(number)
+
+
+def test_a_strategy_in_use_is_refused_to_another_thread() -> None:
+    entered, leave = threading.Event(), threading.Event()
+    ran: list[str] = []
+
+    def holds() -> None:
+        entered.set()
+        leave.wait(10)
+        ran.append("held")
+
+    with ThreadDataParallel(2) as strategy:
+        other = threading.Thread(target=strategy.run, args=([holds, lambda: ran.append("other")],))
+        other.start()
+        entered.wait(10)
+        with pytest.raises(RuntimeError, match=r"already running.*use another strategy object"):
+            strategy.run([lambda: None, lambda: None])
+        leave.set()
+        other.join(10)
+        assert sorted(ran) == ["held", "other"]
+        strategy.run([lambda: ran.append("mine"), lambda: ran.append("mine")])
+    assert ran.count("mine") == 2
+
+
+def test_a_strategy_is_refused_within_its_own_step() -> None:
+    def step(self: Any, x: Tensor) -> Tensor:
+        strategy.gradient(lambda net, x: net(x).mean(), self.net, x)
+        return self.net(x).mean()
+
+    strategy = ThreadDataParallel(2)
+    with pytest.raises(RuntimeError, match=r"already running.*use another strategy object"):
+        trainer(strategy).step(module(step), [data(8, 3)])
+
+
+def test_strategies_in_two_threads_give_the_parametrize_cache_back() -> None:
+    cache = parametrize._cache
+    entered, leave = threading.Event(), threading.Event()
+    with ThreadDataParallel(2) as first, ThreadDataParallel(2) as second:
+
+        def holds() -> None:
+            entered.set()
+            leave.wait(10)
+
+        other = threading.Thread(target=first.run, args=([holds, lambda: None],))
+
+        def overlaps() -> None:
+            leave.set()
+            other.join(10)
+            refused.append(parametrize._cache is not cache)
+
+        refused: list[bool] = []
+        other.start()
+        entered.wait(10)
+        second.run([overlaps, lambda: None])  # begins within the first's run, ends after it
+        assert refused == [True]
+    assert parametrize._cache is cache
 
 
 # -- Ctrl-C ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,12 +74,16 @@ class StepBarrier:
         lock.losses.update(reduced)
         return reduced
 
-    def on_owner(self, function: Callable[..., Any], *args: Tensor) -> Any:
+    def on_owner(self, functions: Sequence[Callable[..., Any]], *args: Tensor) -> Any:
         """Call a function once, on the owner; what it writes all shards see afterwards."""
         lock = self.lock
         replicas = lock.replicas()
         if replicas:
-            function = replicas[0].owner_of(function)
+            functions = [
+                replica.owner_of(function)
+                for replica, function in zip(replicas, functions, strict=True)
+            ]
+            guards.refuse_own_tensors(functions)
         state = lock.owner.__dict__
         outer = state.get("_context")
         if lock.is_loop:
@@ -86,7 +91,12 @@ class StepBarrier:
         try:
             lock.open_streams()
             with torch.no_grad(), self._once_stream:
-                result = function(*args)
+                result = functions[0](*args)
+        except StopIteration as stop:
+            raise RuntimeError(
+                "a function given to Once raised StopIteration (a next() on an iterator that is at "
+                "its end?): that would end training in silence"
+            ) from stop
         finally:
             if lock.is_loop:
                 state["_context"] = outer
@@ -109,15 +119,15 @@ class StepBarrier:
     def _total(self, key: str) -> tuple[list[Parameter], Gradients]:
         backward = self.lock.backward
         if backward.waiting:
-            backward.take_waiting(key, self.lock.shards, self._each_index)
+            backward.take_waiting(key, self.lock.shards, partial(self._each_index, key))
         return backward.total(key)
 
-    def _each_index(self, function: Callable[[int], None]) -> None:
+    def _each_index(self, key: str, function: Callable[[int], None]) -> None:
         def visit(shard: Shard) -> None:
             try:
                 function(shard.index)
             except RuntimeError as error:
-                explained = guards.explain(error, "the loss", self.lock.history)
+                explained = guards.explain(error, key, self.lock.history)
                 if explained is not error:
                     explained.__cause__ = error
                 shard.blame(explained)

@@ -30,15 +30,16 @@ from composefit.lockstep.guards import Place
 from composefit.lockstep.scatter import Part, batch_size, scatter
 from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import Stepper
-from composefit.lockstep.streams import SHARD, DefaultGenerators
+from composefit.lockstep.streams import ONCE, SHARD, DefaultGenerators
 from composefit.module import Context, LoopModule, has_helpers
 from composefit.precision import Precision
 from composefit.random import (
     GlobalGenerators,
     SampleRandom,
     Stream,
+    checkpoints,
+    exchange_guard,
     hash_key,
-    recomputation,
     thread_local_generators,
 )
 from composefit.replicas import Replica, differing_buffer, merge
@@ -102,6 +103,7 @@ class Lockstep:
         self._lists: dict[str, list[Parameter]] = {}
         self._generators = GlobalGenerators()
         self._fingerprint: object = None
+        self._side_by_side = False
         self._ambient = guards.Ambient(self.device_type)
         self._caller = 0
         self._outer_context: Context | None = None
@@ -109,6 +111,9 @@ class Lockstep:
         self._default_generators = DefaultGenerators(self.device)
         self._open: ExitStack | None = None
         self._streams_open = False
+        self._running = False
+        self._parameters: list[Parameter] = []
+        self._versions: list[int] = []
 
     def _shard(self, index: int, alone: bool) -> Shard:
         random = SampleRandom(self.seed)
@@ -120,12 +125,17 @@ class Lockstep:
         replica = Replica(self.owner, own)
         return Shard(self, index, replica.module, replica, context, random, Stream())
 
+    def seed_anew(self, seed: int) -> None:
+        """Let random streams follow from another seed from now on."""
+        self.seed = seed
+        self._key = hash_key(seed, SHARD)
+
     @contextmanager
     def session(self) -> Iterator[None]:
         """Keep workers and patches of torch's random kernels for many steps."""
         with ExitStack() as stack:
             stack.enter_context(self.lanes.session())
-            stack.enter_context(recomputation(self.stale))
+            stack.enter_context(checkpoints.used())
             self._open = stack
             try:
                 yield
@@ -152,7 +162,14 @@ class Lockstep:
         if self._open is None:
             with self.session():
                 return self.step(batches, batch_idx, number)
+        if self._running:
+            raise RuntimeError(
+                f"{self.body.name} was called from within itself: a step that runs cannot start "
+                "another one of the same module and strategy"
+            )
         enabled = torch.is_grad_enabled()
+        guard = exchange_guard(self.stale)
+        self._running = True
         try:
             self._begin(batches, batch_idx, number)
             shards = self.shards
@@ -167,6 +184,8 @@ class Lockstep:
                 if effect is None:
                     break
                 results = effect.combine(self.barrier, [shard.effect for shard in shards])
+                if not alone:
+                    self._look_again()
                 for shard, result in zip(shards, results, strict=True):
                     shard.result = result
                 if shards[0].done and (alone or all(shard.done for shard in shards)):
@@ -179,6 +198,8 @@ class Lockstep:
             raise
         finally:
             self._end()
+            self._running = False
+            exchange_guard(guard)
             torch._C._set_grad_enabled(enabled)
         return shards
 
@@ -197,7 +218,9 @@ class Lockstep:
                 batch = move(batch, self.device, self.precision.dtype)
                 parts += scatter(self.owner, batch, i, self.lanes.lanes, self.microbatch)
             except Exception as error:
-                error.add_note(f"step {number}, batch {i}, while it was moved and cut into shards")
+                messages.note(
+                    error, f"step {number}, batch {i}, while it was moved and cut into shards"
+                )
                 raise
         if len(parts) == 1:
             self._begin_alone(parts[0])
@@ -241,8 +264,18 @@ class Lockstep:
             start += size
         lanes_used = {part.lane for part in parts}
         side_by_side = self.lanes.concurrent and len(lanes_used) > 1
-        self._fingerprint = self._generators.fingerprint() if side_by_side else None
+        self._side_by_side = side_by_side
+        self._parameters = list(self.owner.parameters()) if self.body.training else []
+        self._look_again()
+        # Hooks and other code at the barriers draw from the default generator, as in the loader's
+        # thread: it is lent to the step, so that the order of samples does not depend on them.
+        self._default_generators.lend(hash_key(self._key, self.number, ONCE))
         self.shards = shards
+
+    def _look_again(self) -> None:
+        """Take note of what may change at the barriers only: by updates, hooks and `Once`."""
+        self._versions = [parameter._version for parameter in self._parameters]
+        self._fingerprint = self._generators.fingerprint() if self._side_by_side else None
 
     def open_streams(self) -> None:
         """Give torch's kernels a stream for each thread, once somebody needs it."""
@@ -253,10 +286,10 @@ class Lockstep:
 
     def _end(self) -> None:
         shards = self.shards
-        if len(shards) == 1:
-            if self.is_loop:
-                self.owner.__dict__["_context"] = self._outer_context
-            self._default_generators.put_back()
+        if len(shards) == 1 and self.is_loop:
+            self.owner.__dict__["_context"] = self._outer_context
+        self._default_generators.put_back()
+        self._parameters = []
         for shard in shards:
             shard.close()
         self.barrier.once = None
@@ -276,18 +309,18 @@ class Lockstep:
         if not self._failed and isinstance(error, Exception):  # raised at the barrier
             with suppress(Exception):
                 shards[0].blame(error)
-        error.add_note(note)
+        messages.note(error, note)
         for hint in guards.hints(error, [shard.known_samples for shard in shards]):
-            error.add_note(hint)
+            messages.note(error, hint)
         for beside in messages.raised_as_well(error, failed[1:]):
-            error.add_note(beside)
+            messages.note(error, beside)
         if len(shards) == 1:
             shards[0].close()
         elif any(shard.generator is not None for shard in shards):
             self._each(Shard.close)
         for shard in shards:
             if shard.error is not None:
-                error.add_note(f"closing shard {shard.index} raised {shard.error!r}")
+                messages.note(error, f"closing shard {shard.index} raised {shard.error!r}")
                 shard.error = None
 
     # -- shards --------------------------------------------------------------------------------
@@ -334,8 +367,12 @@ class Lockstep:
         if threading.get_ident() == self._caller:
             yield
             return
-        with self._ambient.entered(), recomputation(self.stale):
-            yield
+        outer = exchange_guard(self.stale)
+        try:
+            with self._ambient.entered():
+                yield
+        finally:
+            exchange_guard(outer)
 
     def _agreed(self) -> Effect[Any] | None:
         """The effect that all shards yielded; None when all have ended.
@@ -352,6 +389,9 @@ class Lockstep:
                 raise messages.disagreement(shards)
         if self._fingerprint is not None and self._generators.fingerprint() != self._fingerprint:
             raise messages.global_draw()
+        for parameter, version in zip(self._parameters, self._versions, strict=True):
+            if parameter._version != version:
+                raise messages.written_parameter(self.owner, parameter)
         self._check_buffers()
         if self._foreign_means:
             messages.warn_of_foreign_mean(self._foreign_means[0], shards)

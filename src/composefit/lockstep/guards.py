@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import partial
 from types import CodeType
 from typing import Any, TypeAlias
 
@@ -170,13 +171,39 @@ def foreign_means(losses: Iterable[Tensor | Loss]) -> Iterator[str]:
     for loss in losses:
         terms = loss.terms if isinstance(loss, Loss) else as_loss(loss, "the loss").terms
         for term in terms:
-            found = foreign_mean(term.total) if term.weight is None else None
+            found = None
+            if term.weight is None:
+                with suppress(RuntimeError):  # a graph that is used up tells nothing
+                    found = foreign_mean(term.total)
             if found is not None:
                 yield found
 
 
 _NLL = {"NllLossBackward0", "NllLoss2DBackward0"}
 _MEAN = 1  # what F.cross_entropy's reduction="mean" is to the kernel
+
+
+def refuse_own_tensors(functions: Sequence[Callable[..., Any]]) -> None:
+    """Refuse functions for `Once` that hold tensors of their shards: all but one would be lost."""
+    first, *others = [[id(tensor) for tensor in _held_tensors(function)] for function in functions]
+    if any(other != first for other in others):
+        raise RuntimeError(
+            "the function given to Once uses a tensor of its shard, but is called once for all "
+            "shards, so that the others' rows would be lost: hand the tensor over, "
+            "`Once(function, tensor)`; the function then gets the rows of all shards"
+        )
+
+
+def _held_tensors(function: object) -> list[Tensor]:
+    held: list[object] = []
+    if isinstance(function, partial):
+        held += [*function.args, *function.keywords.values()]
+        function = function.func
+    held += getattr(function, "__defaults__", None) or ()
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            held.append(cell.cell_contents)
+    return [value for value in held if isinstance(value, Tensor)]
 
 
 def refuse_hooks(parameters: Sequence[Parameter], name: str) -> None:

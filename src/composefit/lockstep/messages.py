@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from torch import nn
+from torch.nn import Parameter
 
 from composefit.lockstep.shard import Shard
 
@@ -73,6 +77,17 @@ def warn_of_foreign_mean(what: str, shards: Sequence[Shard]) -> None:
     )
 
 
+def written_parameter(owner: nn.Module, parameter: Parameter) -> RuntimeError:
+    """The error for a parameter that the step itself has written into, in each of its shards."""
+    names = {id(p): name for name, p in owner.named_parameters()}
+    return RuntimeError(
+        f"the step has written into parameter {names[id(parameter)]!r} in each of its shards, "
+        "which share it: it would be changed as often as there are shards. Write it where code "
+        "runs once: in on_after_optimizer_step (averaged weights, clamping), or in a method called "
+        "by `yield from Once(self.method)`"
+    )
+
+
 # -- notes -------------------------------------------------------------------------------------
 
 
@@ -101,3 +116,9 @@ def raised_as_well(
         names = " and ".join(map(str, indices))
         what = "the same" if text == repr(error) else f"{text} as well"
         yield f"shard{'s' * (len(indices) > 1)} {names} raised {what}"
+
+
+def note(error: BaseException, text: str) -> None:
+    """Add a note, where the exception takes one: a frozen one must still come out as itself."""
+    with suppress(Exception):
+        error.add_note(text)

@@ -121,9 +121,10 @@ class Stepper:
             self.hooks.before_optimizer_step(optimizer, name)
             if named.gradient_clip_val is not None:
                 _clip(parameters, named.gradient_clip_val, named.gradient_clip_algorithm)
+            changed = [p for p in parameters if p.grad is not None]
             self.step(optimizer)
             # Fused optimizers change weights without a trace: a stale graph must raise.
-            torch.autograd.graph.increment_version(parameters)
+            torch.autograd.graph.increment_version(changed)
         finally:
             for parameter in parameters:
                 parameter.grad = None
@@ -160,6 +161,8 @@ class Stepper:
                 self._check(others, found, inverse_scale)
                 values = [other for other in values if other.dtype is dtype]
                 break
+        if dtype.is_complex:
+            values = [torch.view_as_real(v.conj() if v.is_conj() else v) for v in values]
         torch._amp_foreach_non_finite_check_and_unscale_(values, found, inverse_scale)
 
     def _finite_late(self, totals: dict[str, tuple[list[Parameter], Gradients]], step: int) -> bool:
@@ -205,6 +208,9 @@ class Stepper:
     def _unscale(self, totals: dict[str, tuple[list[Parameter], Gradients]]) -> bool:
         """Divide by the loss scales; where anything is infinite, skip all and lower the scales."""
         for name, (_, found) in totals.items():
+            for i, gradient in enumerate(found):
+                if gradient is not None and gradient.is_sparse:
+                    found[i] = gradient.coalesce()  # the values would be a copy's otherwise
             self._check(gradients.values(found), self.found, self.scales[name].inverse())
         finite = not self.found.item()
         for name in totals:

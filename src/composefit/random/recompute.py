@@ -52,13 +52,19 @@ def recomputation(guard: Recompute[Any]) -> Iterator[None]:
     Raises:
         RuntimeError: from `checkpoint(..., use_reentrant=True)` within the block.
     """
-    outer = _guarded.guard
     with checkpoints.used():
-        _guarded.guard = guard
+        outer = exchange_guard(guard)
         try:
             yield
         finally:
-            _guarded.guard = outer
+            exchange_guard(outer)
+
+
+def exchange_guard(guard: Recompute[Any] | None) -> Recompute[Any] | None:
+    """Set this thread's guard; the one it had. For who keeps `checkpoints.used()` open."""
+    outer = _guarded.guard
+    _guarded.guard = guard
+    return outer
 
 
 # torch declares no types for what is private in it.

@@ -12,8 +12,9 @@ changes its own shard only. A step goes
 
 Nothing is ever deep-copied, so locks, generators, stored activations and references to a trainer
 do no harm. What stays shared with the owner: parameters, tensors that are plain attributes,
-containers without modules in them (``self.outputs.append(...)`` reaches the owner), and objects
-of other classes, even if they in turn refer to modules.
+and objects of other classes, even if they in turn refer to modules. Lists, dicts and sets that
+are attributes are copied, one level deep: ``self.outputs.append(...)`` reaches the owner by
+`merge`, in shard order; other changes of them are the shard's alone and end with the step.
 """
 
 from composefit.replicas.merging import differing_buffer, merge

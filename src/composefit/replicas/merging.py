@@ -46,6 +46,8 @@ def merge(owner: nn.Module, replicas: Sequence[Replica], weights: Sequence[float
       bits; integers, such as ``num_batches_tracked``, are rounded, and exact if the shards agree.
     - Another buffer that all shards wrote alike is taken over.
     - Metrics merge by the reductions of their states, in shard order.
+    - Lists are extended by what the shards have appended, in shard order, and sets likewise; other
+      changes of lists, dicts and sets are dropped.
 
     Everything is added up in shard order, so that the result is reproducible bit by bit.
 
@@ -80,6 +82,10 @@ def merge(owner: nn.Module, replicas: Sequence[Replica], weights: Sequence[float
     for metric, values in metrics:
         for name, value in values.items():
             setattr(metric, name, value)
+    for key in replicas[0].containers:
+        for replica in replicas:
+            if (held := replica.containers.get(key)) is not None:
+                held.give_back()
 
 
 def _writes(replicas: Sequence[Replica]) -> Iterator[_Write]:

@@ -47,6 +47,8 @@ class Rebinding:
         self._leaves = (nn.Module, *extra)
         self._kinds = (*self._KINDS, *extra)
         self._functions: dict[int, tuple[Any, Any]] = {}
+        #: By the id of a list, dict or set: what stands in its place.
+        self.containers: dict[int, Any] = {}
         self._open: set[int] = set()  # containers being looked into: they may contain themselves
 
     def trim(self) -> None:
@@ -81,14 +83,16 @@ class Rebinding:
             found = self(target)
             return value if found is target else weakref.ref(found)
         if issubclass(kind, (list, tuple, dict, set, frozenset)):
-            return self._container(value)
+            own = self.containers.get(id(value))
+            return self.contents(value) if own is None else own
         return value
 
     def holds(self, items: Iterable[Any]) -> bool:
         """Whether one of these could be, or could contain, a module."""
         return any(issubclass(kind, self._kinds) for kind in set(map(type, items)))
 
-    def _container(self, value: Any) -> Any:
+    def contents(self, value: Any) -> Any:
+        """A container around other items, even if something else stands in its place elsewhere."""
         flat = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         if id(value) in self._open or not self.holds(flat):
             return value

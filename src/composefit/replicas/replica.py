@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from composefit.replicas.buffers import Buffer
 from composefit.replicas.cloning import Cloning
+from composefit.replicas.containers import Container, is_copied
 from composefit.replicas.metrics import start_metric
 from composefit.replicas.naming import path_of
 from composefit.replicas.rebinding import Rebinding
@@ -27,10 +28,11 @@ class Replica:
     """A shallow copy of a module tree.
 
     It shares parameters, plain attributes and hooks with its owner, and owns the modules
-    themselves and their buffers. Whatever refers to a module of the tree (registered children,
-    plain attributes, lists, tuples, dicts and sets, bound methods, partials, closures, hooks,
-    weak references) refers to the replica's instead; modules that are found there and are not
-    registered, such as a teacher hidden in a list, are replicated too. A compiled module runs the
+    themselves, their buffers, and shallow copies of their lists, dicts and sets. Whatever refers to
+    a module of the tree (registered children, plain attributes, lists, tuples, dicts and sets,
+    bound methods, partials, closures, hooks, weak references) refers to the replica's instead;
+    modules that are found there and are not registered, such as a teacher hidden in a list, are
+    replicated too. A compiled module runs the
     compiled code on the replica. States of torchmetrics metrics start empty.
 
     Args:
@@ -62,6 +64,7 @@ class Replica:
         self._known: dict[int, Twin] = {}
         self._pending: list[Twin] = []
         self._buffers: dict[int, Buffer] = {}
+        self.containers: dict[int, Container] = {}  # by the id of the owner's list, dict or set
         self._rebind = Rebinding(self._copy_of)
         self._refreshes = 0
         self._wire()
@@ -107,6 +110,7 @@ class Replica:
         owners: dict[int, Any] = {id(twin.copy): twin.source for twin in self.twins.values()}
         owners.update((id(buffer.clone), buffer.source) for buffer in self._buffers.values())
         swap = Rebinding(lambda value: owners.get(id(value), value), extra=(Tensor,))
+        swap.containers = {id(held.copy): held.source for held in self.containers.values()}
         rebound: _F = swap(function)
         return rebound
 
@@ -137,6 +141,8 @@ class Replica:
         self._pending.clear()
         self._known = {}
         self.twins[id(self._owner)].extras = self._overrides
+        for twin in self.twins.values():  # before hooks are read, which may hold a container
+            self._containers_of(twin)
 
     def _scan(self, twin: Twin) -> None:
         attributes = twin.source.__dict__
@@ -160,6 +166,22 @@ class Replica:
         for name in twin.slots:
             self._rebind(getattr(twin.source, name, None))
 
+    def _containers_of(self, twin: Twin) -> dict[str, Container]:
+        """Name -> container of which a copy stands in this module's copy."""
+        found: dict[str, Container] = {}
+        if twin.is_metric:
+            return found  # its lists are states
+        for name, (value, _) in twin.growing.items():
+            held = self.containers.get(id(value))
+            if held is None:
+                if name in twin.lists or not is_copied(value):
+                    continue
+                held = self.containers[id(value)] = Container(value)
+                self._rebind.containers[id(value)] = held.copy
+                self._rebind.forget()  # a function that was rebuilt may hold it
+            found[name] = held
+        return found
+
     # State: what the owner's modules hold now.
 
     def _read(self, within_step: bool) -> bool:
@@ -170,6 +192,7 @@ class Replica:
         thorough = not self._refreshes & (self._refreshes - 1)
         cloning = Cloning(self._buffers, thorough, within_step)
         metrics: list[Twin] = []
+        used: set[int] = set()
         for twin in self.twins.values():
             attributes = twin.source.__dict__
             if attributes["_modules"] != twin.children:
@@ -188,12 +211,21 @@ class Replica:
                 return False
             if keep:
                 twin.carry_over(attributes)
+                if twin.growing:
+                    for name, held in self._containers_of(twin).items():
+                        mine = held.renew(twin.rebound.get(name, held.source))
+                        if name in twin.changed:
+                            twin.copy.__dict__[name] = mine
             else:
                 state = attributes | twin.own
                 if twin.rebound or twin.extras:
                     state |= twin.rebound | twin.extras
                 state["_parameters"] = attributes["_parameters"].copy()
                 state["_modules"] = twin.modules.copy()
+                if twin.growing:
+                    for name, held in self._containers_of(twin).items():
+                        state[name] = held.fill(twin.rebound.get(name, held.source))
+                        used.add(id(held.source))
                 for name in twin.lists:
                     state[name] = list(state[name])
                 object.__setattr__(twin.copy, "__dict__", state)
@@ -208,6 +240,10 @@ class Replica:
         if cloning.anew:  # forget those that the owner has no more
             records = (record for twin in self.twins.values() for record in twin.records.values())
             self._buffers = {id(record.source): record for record in records}
+        if not within_step and len(used) != len(self.containers):
+            self.containers = {key: self.containers[key] for key in used}
+            copies = {key: held.copy for key, held in self.containers.items()}
+            self._rebind.containers = copies
         cloning.fill()
         for twin in metrics:
             start_metric(twin)

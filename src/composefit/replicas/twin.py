@@ -99,7 +99,7 @@ class Twin:
                 self.growing[name] = (value, size)
 
     def _rebind(self, name: str, value: Any, rebind: Rebinding) -> None:
-        rebound = rebind(value)
+        rebound = rebind.contents(value) if name in self.growing else rebind(value)
         if rebound is not self.rebound.get(name, value):
             self.changed.add(name)
         if rebound is value:

@@ -95,9 +95,13 @@ class Strategy(ABC):
             self._leave()
 
     def __enter__(self) -> Strategy:
-        if self._sessions == 0:
-            self.open()
-        self._sessions += 1
+        self._sessions += 1  # first, so that no other thread opens as well
+        if self._sessions == 1:
+            try:
+                self.open()
+            except BaseException:
+                self._sessions -= 1
+                raise
         return self
 
     def __exit__(
@@ -137,15 +141,31 @@ class Strategy(ABC):
 
         Returns:
             The reduced loss, detached, 0-dim; and the gradients in the order of `parameters`, None
-            for one that no shard reached. `p.grad = g` for each, then `optimizer.step()`.
+            for one that no shard reached or that is frozen. `p.grad = g` for each, then
+            `optimizer.step()`.
+
+        What the shards draw follows from torch's default generator, so that `torch.manual_seed`
+        repeats it. That goes on by one number if they draw, and else stays where it was.
 
         Raises:
+            TypeError: `parameters` is one tensor.
+            RuntimeError: the strategy is at it already, in another thread or around this call.
             Whatever `loss_fn` raises, with a note of the shard.
         """
-        wanted = module.parameters() if parameters is None else parameters
-        chosen = [p for p in wanted if p.requires_grad]
-        job = self._job(module)
-        return job.run(loss_fn, chosen, batch)
+        if isinstance(parameters, Tensor):
+            raise TypeError(
+                "gradient(parameters=...) expects several parameters, got one tensor: write "
+                "parameters=[p]"
+            )
+        if parameters is None:
+            parameters = (p for p in module.parameters() if p.requires_grad)
+        wanted = list(parameters)
+        places = [i for i, p in enumerate(wanted) if p.requires_grad]
+        loss, found = self._job(module).run(loss_fn, [wanted[i] for i in places], batch)
+        aligned: list[Tensor | None] = [None] * len(wanted)
+        for i, gradient in zip(places, found, strict=True):
+            aligned[i] = gradient
+        return loss, aligned
 
     def _job(self, module: nn.Module) -> _GradientJob:
         jobs: OrderedDict[int, _GradientJob] = self.__dict__.setdefault("_jobs", OrderedDict())
@@ -168,25 +188,37 @@ class _GradientJob:
         self.loss_fn: LossFunction | None = None
         self.parameters: list[Parameter] = []
         self.found: tuple[Tensor, list[Tensor | None]] | None = None
-        self.calls = 0
+        self.drew = False
         body = Body(lambda part: partial(self._body, part), False, "loss_fn", training=True)
-        seed = torch.initial_seed()
-        self.driver = Lockstep(module, strategy, body, Precision.of("32"), seed=seed)
+        self.driver = Lockstep(module, strategy, body, Precision.of("32"))
 
     def _body(self, module: nn.Module, shard: Any) -> Generator[Any, Any, None]:
         assert self.loss_fn is not None
+        before = torch.get_rng_state()  # this shard's
         # No variable for the loss: it would keep its graph until the other shards have run.
         self.found = yield Gradient(self.loss_fn(module, shard), self.parameters)
+        self.drew = self.drew or not torch.equal(torch.get_rng_state(), before)
 
     def run(
         self, loss_fn: LossFunction, parameters: list[Parameter], batch: Any
     ) -> tuple[Tensor, list[Tensor | None]]:
+        if self.loss_fn is not None:
+            raise RuntimeError(
+                "strategy.gradient is already running for this module, in another thread or around "
+                "this call: use another strategy object here"
+            )
         self.loss_fn, self.parameters = loss_fn, parameters
         try:
-            self.driver.step([batch], 0, self.calls)
+            state = torch.get_rng_state()
+            key = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+            # Draws on an accelerator or from a LoopModule's own streams are not seen.
+            self.drew = self.driver.is_loop or self.driver.device_type != "cpu"
+            self.driver.seed_anew(key)
+            self.driver.step([batch], 0, 0)
+            if not self.drew:
+                torch.set_rng_state(state)
             assert self.found is not None
             return self.found
         finally:
-            self.calls += 1
             self.loss_fn = self.found = None
             self.parameters = []

@@ -87,6 +87,10 @@ class SplitOptimizer:
         self.optimizer = optimizer
         self.lanes = lanes
         self._tensors: list[Tensor] = []
+        self._places: list[int] = []
+        # Step counters, and the other lanes' copies of them.
+        self._counters: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self._stand_ins: list[Optimizer] = []
         self._chunks: list[tuple[Tensor, list[Tensor]]] = []
 
@@ -114,11 +118,12 @@ class SplitOptimizer:
         if tensors is None:
             return False
         known = self._tensors
-        if len(tensors) != len(known) or any(
-            a is not b for a, b in zip(tensors, known, strict=True)
-        ):
+        places = [tensor.data_ptr() for tensor in tensors]  # `p.data = ...` gives a tensor another
+        if places != self._places or any(a is not b for a, b in zip(tensors, known, strict=True)):
             self._build()
-            self._tensors = tensors
+            self._tensors, self._places = tensors, places
+        elif self._copies:
+            torch._foreach_copy_(self._copies, self._counters)  # somebody may have set them
         for parameter, chunks in self._chunks:
             gradient = parameter.grad
             assert gradient is not None
@@ -167,7 +172,7 @@ class SplitOptimizer:
 
     def _build(self) -> None:
         optimizer = self.optimizer
-        self._stand_ins = []
+        self._stand_ins, self._counters, self._copies = [], [], []
         for _ in range(self.lanes):
             stand_in = object.__new__(type(optimizer))
             vars(stand_in).update(vars(optimizer))
@@ -194,7 +199,11 @@ class SplitOptimizer:
         if value.shape == parameter.shape and value.dim():
             return flat_chunks(value, self.lanes)[lane]
         # A step counter: the last lane, which always has a part, counts in the optimizer's own.
-        return value if lane == self.lanes - 1 else value.clone()
+        if lane == self.lanes - 1:
+            return value
+        self._counters.append(value)
+        self._copies.append(value.clone())
+        return self._copies[-1]
 
 
 def dense(tensor: Tensor) -> bool:

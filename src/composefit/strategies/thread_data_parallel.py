@@ -22,6 +22,34 @@ from composefit.strategies.splitting import WORTHWHILE, SplitOptimizer, add_spli
 _NO_CACHE = NoParametrizationCache()
 
 
+class _Uncached:
+    """Refuses `parametrize.cached()` while any strategy of the process runs shards side by side.
+
+    Both calls may be repeated, as they are after an interrupt between two of their instructions.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[Strategy] = set()
+        self._cache = parametrize._cache
+
+    def begin(self, strategy: Strategy) -> None:
+        with self._lock:
+            if parametrize._cache is not _NO_CACHE:
+                self._cache = parametrize._cache
+            self._running.add(strategy)
+            parametrize._cache = _NO_CACHE
+
+    def end(self, strategy: Strategy) -> None:
+        with self._lock:
+            if self._running == {strategy}:
+                parametrize._cache = self._cache
+            self._running.discard(strategy)
+
+
+_uncached = _Uncached()
+
+
 class ThreadDataParallel(Strategy):
     """Data parallelism in one process: each thread runs its shard on its own core.
 
@@ -51,31 +79,52 @@ class ThreadDataParallel(Strategy):
         self._workers: list[_Worker] = []
         self._split: WeakKeyDictionary[Optimizer, SplitOptimizer] = WeakKeyDictionary()
         self._threads_before = 1
+        self._running = False
 
     def open(self) -> None:
-        """Start the workers."""
+        """Start the workers; where one cannot be, all is as before."""
         self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(self.intra_op_threads)
-        self._workers = [_Worker(i, self.intra_op_threads) for i in range(1, self.lanes)]
+        try:
+            torch.set_num_threads(self.intra_op_threads)
+            self._workers = [_Worker(i, self.intra_op_threads) for i in range(1, self.lanes)]
+            for worker in self._workers:
+                worker.thread.start()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Stop the workers, and give the calling thread its number of intra-op threads back."""
         workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.stop()
-        self._split.clear()
-        torch.set_num_threads(self._threads_before)
+        try:
+            for worker in workers:
+                worker.stop()
+            for worker in workers:
+                worker.join()
+        finally:
+            self._split.clear()
+            torch.set_num_threads(self._threads_before)
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Task 0 in the calling thread, the others in theirs.
 
         Ctrl-C waits until all have ended: a worker must not be left in the middle of a step.
+
+        Raises:
+            RuntimeError: it is running already, in another thread or around this call.
         """
         own, *others = tasks
         workers = self._workers[: len(others)]
         interrupt: BaseException | None = None
-        cache, parametrize._cache = parametrize._cache, _NO_CACHE
+        # Neither another thread nor an interrupt comes between: nothing is called up to `try`.
+        if self._running:
+            raise RuntimeError(
+                "this ThreadDataParallel is already running, in another thread or around this "
+                "call, and its workers do one thing at a time: use another strategy object here"
+            )
+        self._running = True
         try:
+            _uncached.begin(self)
             for worker, task in zip(workers, others, strict=True):
                 worker.start(task)
             own()
@@ -87,10 +136,11 @@ class ThreadDataParallel(Strategy):
                     if interrupt is not None:
                         worker.wake()  # the interrupt may have come just before `start` did
                     worker.wait()
+                _uncached.end(self)
+                self._running = False
                 break
             except KeyboardInterrupt as error:
                 interrupt = error
-        parametrize._cache = cache
         if interrupt is not None:
             raise interrupt
 
@@ -157,18 +207,20 @@ class _Worker:
         self.thread = threading.Thread(
             target=self._loop, name=f"composefit-lane-{index}", daemon=True
         )
-        self.thread.start()
 
     def _loop(self) -> None:
         torch.set_num_threads(self.intra_op_threads)
         while not self.stopping:
             self.go.acquire()
-            task, self.task = self.task, None
-            if task is not None:
-                task()
-                del task  # it holds the shards
-                self.busy = False
-                _release(self.ended)
+            task = self.task
+            if task is not None:  # else a wake too many, and `start` may be about to set one
+                self.task = None
+                try:
+                    task()
+                finally:
+                    del task  # it holds the shards
+                    self.busy = False
+                    _release(self.ended)
 
     def start(self, task: Callable[[], None]) -> None:
         self.busy = True
@@ -186,7 +238,10 @@ class _Worker:
     def stop(self) -> None:
         self.stopping = True
         self.wake()
-        self.thread.join()
+
+    def join(self) -> None:
+        if self.thread.ident is not None:  # it was started
+            self.thread.join()
 
 
 def _release(lock: threading.Lock) -> None:
