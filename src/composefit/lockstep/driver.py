@@ -37,9 +37,9 @@ from composefit.random import (
     GlobalGenerators,
     SampleRandom,
     Stream,
-    checkpoints,
     exchange_guard,
     hash_key,
+    recomputation,
     thread_local_generators,
 )
 from composefit.replicas import Replica, differing_buffer, merge
@@ -135,7 +135,8 @@ class Lockstep:
         """Keep workers and patches of torch's random kernels for many steps."""
         with ExitStack() as stack:
             stack.enter_context(self.lanes.session())
-            stack.enter_context(checkpoints.used())
+            if self.body.training:  # an evaluation's guard would stand in a training's way
+                stack.enter_context(recomputation(self.stale))
             self._open = stack
             try:
                 yield
@@ -168,7 +169,6 @@ class Lockstep:
                 "another one of the same module and strategy"
             )
         enabled = torch.is_grad_enabled()
-        guard = exchange_guard(self.stale)
         self._running = True
         try:
             self._begin(batches, batch_idx, number)
@@ -199,7 +199,6 @@ class Lockstep:
         finally:
             self._end()
             self._running = False
-            exchange_guard(guard)
             torch._C._set_grad_enabled(enabled)
         return shards
 

@@ -9,7 +9,7 @@ Attributes:
 """
 
 from composefit.random.global_generators import GlobalGenerators
-from composefit.random.recompute import Recompute, checkpoints, exchange_guard, recomputation
+from composefit.random.recompute import Recompute, exchange_guard, recomputation
 from composefit.random.samples import SampleRandom
 from composefit.random.shared import SharedRandom
 from composefit.random.streams import Stream, hash_key, thread_local_generators
@@ -20,7 +20,6 @@ __all__ = [
     "SampleRandom",
     "SharedRandom",
     "Stream",
-    "checkpoints",
     "exchange_guard",
     "hash_key",
     "recomputation",

@@ -61,7 +61,7 @@ def recomputation(guard: Recompute[Any]) -> Iterator[None]:
 
 
 def exchange_guard(guard: Recompute[Any] | None) -> Recompute[Any] | None:
-    """Set this thread's guard; the one it had. For who keeps `checkpoints.used()` open."""
+    """Set this thread's guard; the one it had. For who keeps `recomputation` open elsewhere."""
     outer = _guarded.guard
     _guarded.guard = guard
     return outer
