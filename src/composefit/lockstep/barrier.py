@@ -70,7 +70,6 @@ class StepBarrier:
             for name, (parameters, _) in totals.items():
                 lock.stale.stepped.append(parameters)
                 lock.history.append((name, place))
-            lock.updated = True
         lock.losses.update(reduced)
         return reduced
 

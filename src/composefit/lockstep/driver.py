@@ -91,7 +91,6 @@ class Lockstep:
         self.is_loop = isinstance(module, LoopModule)
         self.has_helpers = has_helpers(module)
         self.number = 0
-        self.updated = False
         self.history: list[tuple[str, Place]] = []
         self.losses: dict[str, Tensor] = {}
         self.shards: list[Shard] = []
@@ -206,7 +205,6 @@ class Lockstep:
         if self.body.training and torch.is_inference_mode_enabled():
             raise RuntimeError("a training step was called within torch.inference_mode(): leave it")
         self.number = number
-        self.updated = False
         self.shards = []
         self.losses = {}
         self.history.clear()
@@ -262,8 +260,7 @@ class Lockstep:
             shard.draws.seed(hash_key(self._key, self.number, shard.index))
             start += size
         lanes_used = {part.lane for part in parts}
-        side_by_side = self.lanes.concurrent and len(lanes_used) > 1
-        self._side_by_side = side_by_side
+        self._side_by_side = self.lanes.concurrent and len(lanes_used) > 1
         self._parameters = list(self.owner.parameters()) if self.body.training else []
         self._look_again()
         # Hooks and other code at the barriers draw from the default generator, as in the loader's

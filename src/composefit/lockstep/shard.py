@@ -68,7 +68,7 @@ class Shard:
         self.batch_idx = batch_idx
         self.known_samples = samples
         self.generator: GeneratorType[Any, Any, Any] | None = None
-        self.started = self.done = False
+        self.done = False
         self.result: Any = None
         self.output: Any = None
         self.effect: Effect[Any] | None = None
