@@ -43,11 +43,12 @@ def test_one_several_or_no_callbacks() -> None:
 
 def test_one_several_or_no_loggers(tmp_path: Path) -> None:
     a, b = Nowhere(), Nowhere()
-    assert arguments.loggers(None, tmp_path) == arguments.loggers(False, tmp_path) == []
+    assert arguments.loggers(False, tmp_path) == []
     assert arguments.loggers(a, tmp_path) == [a]
     assert arguments.loggers([a, b], tmp_path) == [a, b]
-    (default,) = arguments.loggers(True, tmp_path)
-    assert isinstance(default, CSVLogger) and default.path.parent == tmp_path
+    for default in (True, None):
+        (one,) = arguments.loggers(default, tmp_path)
+        assert isinstance(one, CSVLogger) and one.path.parent == tmp_path
     with pytest.raises(TypeError, match="got 'csv'"):
         arguments.loggers(["csv"], tmp_path)
 

@@ -113,13 +113,15 @@ def test_a_hook_may_be_set_on_the_object() -> None:
     assert module.calls == ["end"]
 
 
-def test_a_modules_own_setup_is_no_hook() -> None:
+def test_setup_and_teardown_are_hooks_of_the_module_too() -> None:
     class Own(Module):
-        def setup(self) -> None:
-            raise AssertionError
+        def setup(self, stage: str) -> None:
+            self.calls.append(stage)
 
-    call, _ = caller(Own())
+    module = Own()
+    call, _ = caller(module)
     call("setup", "fit")
+    assert module.calls == ["fit"]
 
 
 @pytest.mark.parametrize("name", ["on_train_batch_start", "on_before_optimizer_step"])
@@ -196,11 +198,9 @@ def test_a_hook_that_yields_is_refused(who: str) -> None:
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("on_after_backward", r"write on_before_optimizer_step\(self, optimizer, name\)"),
-        ("on_before_zero_grad", "on_after_optimizer_step"),
-        ("optimizer_step", "yield {"),
-        ("configure_gradient_clipping", "OptimizerConfig"),
-        ("lr_scheduler_step", "OptimizerConfig"),
+        ("on_before_backward", r"write on_before_optimizer_step\(self, optimizer, name\)"),
+        ("optimizer_zero_grad", "leave it out"),
+        ("on_exception", r"write it in a Callback"),
         ("validation_epoch_end", "on_validation_epoch_end"),
         ("on_epoch_end", "on_train_epoch_end"),
         ("on_train_epoch_ends", r"did you mean on_train_epoch_end\?"),

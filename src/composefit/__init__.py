@@ -2,10 +2,14 @@
 
 from composefit.callbacks import Callback
 from composefit.data_parallel import DataParallel
+from composefit.datamodule import DataModule
 from composefit.effects import Effect, Gather, Once
+from composefit.images import Image
+from composefit.loops import Loop
 from composefit.losses import Mean, Sum
 from composefit.module import LoopModule
 from composefit.optimizers import OptimizerConfig
+from composefit.seeding import seed_everything
 from composefit.steps import Step
 from composefit.strategies import SingleDevice, Strategy, ThreadDataParallel
 from composefit.trainer import Trainer
@@ -13,9 +17,12 @@ from composefit.updates import Update
 
 __all__ = [
     "Callback",
+    "DataModule",
     "DataParallel",
     "Effect",
     "Gather",
+    "Image",
+    "Loop",
     "LoopModule",
     "Mean",
     "Once",
@@ -27,4 +34,5 @@ __all__ = [
     "ThreadDataParallel",
     "Trainer",
     "Update",
+    "seed_everything",
 ]

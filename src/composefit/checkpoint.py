@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 if sys.platform != "win32":
     import fcntl
 
-#: The version of what a trainer writes; it stands in the file under the key `"composefit"`.
+#: The version of what a trainer writes; it stands in the file under `"composefit_checkpoint"`.
 FORMAT = 1
 
 
@@ -92,6 +92,89 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     if not isinstance(state, dict):
         raise RuntimeError(f"{path} is no checkpoint: it holds a {type(state).__name__}, no dict")
     return state
+
+
+def of_trainer(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Refuse what a trainer has not written, or what a newer one has.
+
+    Raises:
+        ValueError: it says what the file seems to be, and how to read that.
+    """
+    version = state.get("composefit_checkpoint")
+    if version == FORMAT:
+        return
+    if isinstance(version, int):
+        raise ValueError(
+            f"{path} has checkpoint format {version}, and this release reads {FORMAT}: it was "
+            "written by a newer release, upgrade composefit"
+        )
+    if state and all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} is a state_dict, weights without the state of a training: write "
+            "module.load_state_dict(torch.load(path, weights_only=True)), and fit without ckpt_path"
+        )
+    if "pytorch-lightning_version" in state:
+        raise ValueError(
+            f"{path} is a checkpoint of Lightning's: its weights load with module.load_state_dict("
+            'torch.load(path, weights_only=True)["state_dict"])'
+        )
+    keys = sorted(map(str, state))[:9]
+    raise ValueError(f"{path} is no checkpoint of a composefit Trainer: its keys are {keys}")
+
+
+def load_module(
+    module: nn.Module, weights: dict[str, Any], path: str | os.PathLike[str], strict: bool = True
+) -> None:
+    """Load weights into a module, after it is sure that they fit: all of them or none.
+
+    Args:
+        module: is changed in place.
+        weights: its state_dict.
+        path: of the checkpoint, for messages.
+        strict: every parameter and buffer must be there, and no other.
+
+    Raises:
+        RuntimeError: they do not fit; missing, unknown and differently shaped names are listed.
+    """
+    difference = module_difference(module, weights, strict)
+    if difference:
+        raise RuntimeError(f"{path} does not fit {type(module).__name__}: {difference}")
+    module.load_state_dict(weights, strict=False)
+
+
+def module_difference(module: nn.Module, weights: dict[str, Any], strict: bool = True) -> str:
+    """What keeps these weights from fitting a module, grouped; empty if nothing does."""
+    own = module.state_dict()
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if isinstance(own[name], Tensor)
+        and isinstance(weights.get(name), Tensor)
+        and not torch.nn.parameter.is_lazy(own[name])
+        and own[name].shape != weights[name].shape
+    ]
+    groups = {"of another shape": shapes}
+    if strict:
+        groups["missing in the file"] = [name for name in own if name not in weights]
+        groups["unknown to the module"] = [name for name in weights if name not in own]
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for what, names in groups.items()
+        if names
+    )
+
+
+def refuse_hyperparameters(values: dict[str, Any]) -> None:
+    """Refuse hyperparameters that no checkpoint could hold, before anything is trained.
+
+    Raises:
+        TypeError: names the argument, and says how to leave it out.
+    """
+    try:
+        _refuse_unreadable(values, "hparams", set())
+    except TypeError as error:
+        error.add_note("leave it out: self.save_hyperparameters(ignore=[...])")
+        raise
 
 
 # -- what a safe load reads --------------------------------------------------------------------

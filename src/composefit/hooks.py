@@ -6,56 +6,67 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 from composefit.callbacks import Callback
 from composefit.module import Context, Logged, LoopModule
 from composefit.steps import offered
 
-_CALLBACK_ONLY = {"setup", "teardown", "on_exception"}
+# No hooks of a module: it does not watch over a run, it takes part in it.
+_CALLBACK_ONLY = {
+    "on_exception",
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_train_interrupted",
+}
 
 # What these log is a value of the step, as in Lightning; what others log, one of the epoch.
 _IN_A_STEP = {
     "on_train_batch_start",
+    "on_after_backward",
     "on_before_optimizer_step",
+    "on_before_zero_grad",
     "on_after_optimizer_step",
     "on_train_batch_end",
 }
 
-_HOOKS = [name for name in vars(LoopModule) if name.startswith("on_")]
+_HOOKS = [name for name in vars(LoopModule) if name.startswith("on_")] + ["setup", "teardown"]
 _ALL_HOOKS = [*_HOOKS, *_CALLBACK_ONLY]
 
 _AFTER_GRADIENTS = "write on_before_optimizer_step(self, optimizer, name), which sees the gradients"
-_YIELD = 'write what an update is in training_step: yield {"name": loss}'
 _WHOLE_BATCH = "write `outputs = yield from Gather(tensor)` in training_step"
 _OUTPUTS = "collect in a list with self.outputs.append(...) in the step, and write "
 _IN_THE_LOADER = "do it in the data loader, or in the step"
+_IN_A_CALLBACK = "write it in a Callback, and pass that to Trainer(callbacks=[...])"
 
 # Lightning's hooks of a module that are not called here, and what to write instead.
 _NOT_CALLED = {
     "on_before_backward": _AFTER_GRADIENTS,
-    "on_after_backward": _AFTER_GRADIENTS,
-    "on_before_zero_grad": "write on_after_optimizer_step(self, optimizer, name)",
-    "optimizer_step": _YIELD,
     "optimizer_zero_grad": "leave it out: gradients never outlive an update",
-    "configure_gradient_clipping": "write OptimizerConfig(optimizer, gradient_clip_val=...)",
-    "lr_scheduler_step": 'write OptimizerConfig(optimizer, scheduler, interval="step")',
     "training_step_end": _WHOLE_BATCH,
     "validation_step_end": "write on_validation_batch_end(self, outputs, batch, batch_idx)",
+    "test_step_end": "write on_test_batch_end(self, outputs, batch, batch_idx)",
     "training_epoch_end": _OUTPUTS + "on_train_epoch_end(self)",
-    "validation_epoch_end": _OUTPUTS + "on_validation_epoch_end(self)",
+    "validation_epoch_end": "write on_validation_epoch_end(self, outputs)",
+    "test_epoch_end": "write on_test_epoch_end(self, outputs)",
     "on_epoch_start": "write on_train_epoch_start(self)",
     "on_epoch_end": "write on_train_epoch_end(self)",
     "on_batch_start": "write on_train_batch_start(self, batch, batch_idx)",
     "on_batch_end": "write on_train_batch_end(self, outputs, batch, batch_idx)",
     "on_validation_model_eval": "call self.part.eval() in on_validation_start(self)",
     "on_validation_model_train": "call self.part.train() in on_validation_end(self)",
+    "on_validation_model_zero_grad": "leave it out: gradients never outlive an update",
+    "on_test_model_eval": "call self.part.eval() in on_test_start(self)",
+    "on_test_model_train": "call self.part.train() in on_test_end(self)",
+    "on_predict_model_eval": "call self.part.eval() in on_predict_start(self)",
+    "on_predict_model_train": "call self.part.train() in on_predict_end(self)",
     "on_before_batch_transfer": _IN_THE_LOADER,
     "on_after_batch_transfer": _IN_THE_LOADER,
     "transfer_batch_to_device": _IN_THE_LOADER,
-    "configure_callbacks": "write Trainer(callbacks=[...])",
-    "on_save_checkpoint": "keep it in a buffer, or in state_dict(self) of a callback",
-    "on_load_checkpoint": "keep it in a buffer, or in load_state_dict(self, state) of a callback",
+    "backward": 'write what an update is in training_step: yield {"name": loss}',
+    "configure_sharded_model": "write configure_model(self)",
+    **dict.fromkeys(_CALLBACK_ONLY, _IN_A_CALLBACK),
 }
 
 
@@ -75,6 +86,9 @@ class HookCaller:
 
     Raises:
         TypeError: a hook is a generator, or the module has one that nobody calls.
+
+    Attributes:
+        exception: what the run has failed with; None while it goes on.
     """
 
     def __init__(
@@ -89,7 +103,9 @@ class HookCaller:
         self._callbacks = list(callbacks)
         self._heard = heard
         self._context = Context(None)
-        self._found: dict[str, list[Callable[..., Any]]] = {}
+        self._found: dict[str, _Found] = {}
+        self._told = False
+        self.exception: BaseException | None = None
         _refuse_uncalled(module)
         _refuse_generators(module, _HOOKS)
         for callback in self._callbacks:
@@ -100,40 +116,133 @@ class HookCaller:
 
         Asked once by who would call it at every step.
         """
-        return bool(self.hooks(name, count))
+        return bool(self._hooks(name, count).all)
 
-    def hooks(self, name: str, count: int) -> list[Callable[..., Any]]:
+    def takes(self, name: str, count: int) -> bool:
+        """Whether a hook of this name declares all of the `count` arguments that it is offered."""
+        of_module = _written(self._module, LoopModule, name)
+        if of_module and offered(getattr(self._module, name), count) == count:
+            return True
+        return any(
+            offered(getattr(one, name), count + 2) == count + 2
+            for one in self._callbacks
+            if _written(one, Callback, name)
+        )
+
+    def __call__(
+        self, name: str, *arguments: Any, settle: Callable[[], None] | None = None
+    ) -> bool:
+        """Run all hooks of this name.
+
+        Args:
+            name: the hook.
+            arguments: what it is offered.
+            settle: called before the hooks of callbacks that save state.
+
+        Returns:
+            Whether one of them returned -1.
+        """
+        found = self._hooks(name, len(arguments))
+        minus_one = False
+        if found.first:
+            minus_one = self._run(name, found.first, arguments)
+        if settle is not None:
+            settle()
+        if found.savers:
+            minus_one = self._run(name, found.savers, arguments) or minus_one
+        return minus_one
+
+    def span(
+        self,
+        begin: str,
+        end: str,
+        *,
+        settle: Callable[[], None] | None = None,
+        restores: bool = False,
+        begun: bool = False,
+        outputs: bool = False,
+    ) -> Span:
+        """`with call.span("on_train_start", "on_train_end"):` both hooks, whatever is in between.
+
+        Args:
+            begin: the first hook.
+            end: the last.
+            settle: called at the end, before the hooks of callbacks that save state.
+            restores: after an error the end hooks come before `on_exception`: they put back what
+                the others have swapped.
+            begun: the begin hooks ran in the process that is resumed.
+            outputs: the end hooks are given the span's `outputs`.
+        """
+        return Span(self, begin, end, [()], settle, restores, begun, outputs)
+
+    def batch_span(self, stage: str, batches: Sequence[Any], first: int, *more: int) -> Span:
+        """The batch hooks of these loader batches: all begin, and then all end.
+
+        Args:
+            stage: `"train"`, `"validation"`, `"test"` or `"predict"`.
+            batches: the loader batches.
+            first: the index of the first.
+            more: the index of their loader, in evaluations.
+
+        Its `outputs` are set within the span and given to the end hooks.
+        """
+        own = [(batch, i, *more) for i, batch in enumerate(batches, first)]
+        return Span(self, f"on_{stage}_batch_start", f"on_{stage}_batch_end", own, gives=True)
+
+    def fail(self, error: BaseException) -> None:
+        """A run ends by this error: callbacks are told, once, whatever they raise themselves."""
+        self.exception = error
+        if self._told:
+            return
+        self._told = True
+        self.despite(error, "on_exception", error)
+
+    def despite(self, error: BaseException, name: str, *arguments: Any) -> None:
+        """Run hooks after an error, which one of their own must not hide."""
+        found = self._hooks(name, len(arguments))
+        for hook in found.all:
+            try:
+                self._run(name, [hook], arguments)
+            except Exception as other:
+                error.add_note(f"then {other!r} was raised as well, by {name}")
+
+    def separately(self, name: str, *arguments: Any) -> list[Callable[[], Any]]:
+        """Calls of the hooks of this name, one by one: for those that all have to run."""
+        found = self._hooks(name, len(arguments))
+        return [partial(self._run, name, [hook], arguments) for hook in found.all]
+
+    def _run(self, name: str, hooks: Sequence[Callable[..., Any]], arguments: Any) -> bool:
+        context, state = self._context, vars(self._module)
+        context.training = name in _IN_A_STEP
+        context.logs = {}
+        outer = state["_context"]
+        state["_context"] = context
+        minus_one = False
+        try:
+            for hook in hooks:
+                result = hook(*arguments)
+                if type(result) is int and result == -1:
+                    minus_one = True
+        finally:
+            state["_context"] = outer
+        if context.logs:
+            self._heard(context.logs)
+        return minus_one
+
+    def _hooks(self, name: str, count: int) -> _Found:
         """The hooks of this name, each to be called with `count` arguments."""
         found = self._found.get(name)
         if found is None:
             found = self._found[name] = self._find(name, count)
         return found
 
-    def __call__(self, name: str, *arguments: Any) -> None:
-        """Run all hooks of this name."""
-        hooks = self.hooks(name, len(arguments))
-        if not hooks:
-            return
-        context, state = self._context, vars(self._module)
-        context.training = name in _IN_A_STEP
-        context.logs = {}
-        outer = state["_context"]
-        state["_context"] = context
-        try:
-            for hook in hooks:
-                hook(*arguments)
-        finally:
-            state["_context"] = outer
-        if context.logs:
-            self._heard(context.logs)
-
-    def _find(self, name: str, count: int) -> list[Callable[..., Any]]:
+    def _find(self, name: str, count: int) -> _Found:
         first = [one for one in self._callbacks if not one.saves_state]
         last = [one for one in self._callbacks if one.saves_state]
         of_module = []
         if name not in _CALLBACK_ONLY and _written(self._module, LoopModule, name):
             of_module = [_fitted(getattr(self._module, name), count, ())]
-        return [*self._of(first, name, count), *of_module, *self._of(last, name, count)]
+        return _Found([*self._of(first, name, count), *of_module], self._of(last, name, count))
 
     def _of(self, callbacks: Sequence[Callback], name: str, count: int) -> list[Callable[..., Any]]:
         given = (self._trainer, self._module)
@@ -142,6 +251,100 @@ class HookCaller:
             for callback in callbacks
             if _written(callback, Callback, name)
         ]
+
+
+class _Found:
+    """The hooks of one name: everybody's, and then those of callbacks that save state."""
+
+    __slots__ = ("all", "first", "savers")
+
+    def __init__(self, first: list[Callable[..., Any]], savers: list[Callable[..., Any]]) -> None:
+        self.first = first
+        self.savers = savers
+        self.all = [*first, *savers]
+
+
+class Span:
+    """What a pair of hooks encloses; made by `HookCaller.span` and `batch_span`.
+
+    Attributes:
+        outputs: what the batches' end hooks are given.
+        skipped: whether a begin hook has returned -1.
+    """
+
+    __slots__ = (
+        "_arguments",
+        "_begin",
+        "_begun",
+        "_call",
+        "_end",
+        "_gives",
+        "_restores",
+        "_settle",
+        "outputs",
+        "skipped",
+    )
+
+    def __init__(
+        self,
+        call: HookCaller,
+        begin: str,
+        end: str,
+        arguments: Sequence[tuple[Any, ...]],
+        settle: Callable[[], None] | None = None,
+        restores: bool = False,
+        begun: bool = False,
+        gives: bool = False,
+    ) -> None:
+        self._call = call
+        self._begin = begin
+        self._end = end
+        self._arguments = arguments
+        self._settle = settle
+        self._restores = restores
+        self._begun = begun
+        self._gives = gives
+        self.outputs: Any = None
+        self.skipped = False
+
+    def __enter__(self) -> Span:
+        if not self._begun:
+            try:
+                for arguments in self._arguments:
+                    self.skipped = self._call(self._begin, *arguments) or self.skipped
+            except BaseException as error:
+                self._failed(error)
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._failed(error)
+            return
+        call, left = self._call, list(self._arguments)
+        try:
+            while left:
+                call(self._end, *self._offered(left.pop(0)), settle=self._settle)
+        except BaseException as raised:
+            self._arguments = left
+            self._failed(raised)
+            raise
+
+    def _offered(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.outputs, *arguments) if self._gives else arguments
+
+    def _failed(self, error: BaseException) -> None:
+        call = self._call
+        call.exception = error
+        if not self._restores:
+            call.fail(error)
+        for arguments in self._arguments:
+            call.despite(error, self._end, *self._offered(arguments))
 
 
 def _refuse_uncalled(module: LoopModule) -> None:
@@ -154,7 +357,7 @@ def _refuse_uncalled(module: LoopModule) -> None:
         for name, value in vars(kind).items()
         if callable(value)
     }
-    for name in sorted(written.difference(_ALL_HOOKS)):
+    for name in sorted(written.difference(_HOOKS)):
         instead = _NOT_CALLED.get(name)
         if instead is None and name.startswith("on_"):
             usual = name.replace("on_val_", "on_validation_").replace("on_training_", "on_train_")

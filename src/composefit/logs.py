@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
+from composefit.images import Image
 from composefit.losses import SUMMED, Loss
-from composefit.module import Context, Logged, LogOptions
+from composefit.module import Context, Logged, LogOptions, Reduce
 
 
 class LoggingShard(Protocol):
@@ -39,6 +40,7 @@ class Logs:
         self._epochs: dict[str, _Running] = {}
         self._finished: dict[str, float] = {}  # the last epoch's
         self._unwritten: dict[str, float] = {}
+        self._images: dict[str, Image] = {}
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -60,11 +62,14 @@ class Logs:
         """Take what hooks have logged: it counts once, whatever the samples."""
         for name, logged in logs.items():
             value: _StepValue
+            if isinstance(logged.value, Image):
+                self._images[name] = logged.value
+                continue
             if isinstance(logged.value, Metric):
                 value = _MetricValue(logged.value)
             else:
                 weight = 1 if logged.weight is None else logged.weight
-                value = _Value([(logged.value, weight)])
+                value = _Value([(logged.value, weight)], logged.options.reduce)
             self._put(name, logged.options, value)
 
     def _add(self, name: str, entries: list[tuple[LoggingShard, Logged]]) -> None:
@@ -74,19 +79,21 @@ class Logs:
         plain = type(value) is float or not isinstance(value, Metric)
         if not plain:
             self._put(name, options, _MetricValue(first.owners(value)))
+        elif type(value) is Image:  # once, not once per shard
+            self._images[name] = value
         elif len(entries) == 1 and not options.on_epoch:  # nobody needs a weight
             self._options[name] = options
-            self._steps[name] = _Value([(value, 1)])
+            self._steps[name] = _Value([(value, 1)], options.reduce)
         else:
             weighted = [(one.value, _weight(one, shard, entries)) for shard, one in entries]
-            self._put(name, options, _Value(weighted))
+            self._put(name, options, _Value(weighted, options.reduce))
 
     def _put(self, name: str, options: LogOptions, value: _StepValue) -> None:
         self._options[name] = options
         if options.on_step:
             self._steps[name] = value
         if options.on_epoch or isinstance(value, _MetricValue):
-            self._epochs.setdefault(name, _Running()).add(value)
+            self._epochs.setdefault(name, _Running(options.reduce)).add(value)
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -98,16 +105,21 @@ class Logs:
             if self._options[name].logger
         }
 
-    def end_epoch(self) -> None:
-        """The means over the epoch are known from now on, and a new epoch begins."""
+    def end_epoch(self, whole: bool = True) -> None:
+        """The means over the epoch are known from now on, and a new epoch begins.
+
+        Args:
+            whole: False where the epoch was left before its end, and may go on: it keeps its sums.
+        """
         values = {name: running.read() for name, running in self._epochs.items()}
-        # Not before all are read: one metric may be logged under several names.
-        for name, running in self._epochs.items():
-            if running.metric is not None:
-                running.metric.metric.reset()
-                if name in self._steps:
-                    self._steps[name] = _Number(values[name])
-        self._epochs.clear()
+        if whole:
+            # Not before all are read: one metric may be logged under several names.
+            for name, running in self._epochs.items():
+                if running.metric is not None:
+                    running.metric.metric.reset()
+                    if name in self._steps:
+                        self._steps[name] = _Number(values[name])
+            self._epochs.clear()
         for name, value in values.items():
             options = self._options[name]
             if options.on_epoch:
@@ -115,10 +127,23 @@ class Logs:
                 if options.logger:
                     self._unwritten[self._name(name, "_epoch")] = value
 
+    def take_images(self) -> dict[str, Image]:
+        """The pictures that came since the last call, the last of each name."""
+        found, self._images = self._images, {}
+        return found
+
     def take_epoch(self) -> dict[str, float]:
         """The means that are known since the last call, for loggers."""
         found, self._unwritten = self._unwritten, {}
         return found
+
+    def epoch_values(self) -> dict[str, float]:
+        """The last epoch's values of everything logged per epoch, for loggers."""
+        return {
+            self._name(name, "_epoch"): value
+            for name, value in self._finished.items()
+            if self._options[name].logger
+        }
 
     def all_values(self) -> dict[str, float]:
         """Everything known now, as callbacks and schedulers read it; waits for the device.
@@ -141,6 +166,42 @@ class Logs:
             elif options.prog_bar and name in self._finished:
                 found[name] = self._finished[name]
         return found
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """What is known, and the sums of the epoch so far; waits for the device.
+
+        Args:
+            module: of which the logged metrics are parts; they are kept by their names in it.
+        """
+        metrics = {id(part): name for name, part in module.named_modules()}
+        options = {
+            name: [one.prog_bar, one.logger, one.on_step, one.on_epoch, one.reduce]
+            for name, one in self._options.items()
+            if isinstance(one.reduce, str)
+        }
+        return {
+            "options": options,
+            "steps": {name: self._steps[name].read() for name in options if name in self._steps},
+            "finished": {name: v for name, v in self._finished.items() if name in options},
+            "epochs": {
+                name: running.state(metrics)
+                for name, running in self._epochs.items()
+                if name in options
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
+        """Go on from a saved state."""
+        parts = dict(module.named_modules())
+        self._options = {name: LogOptions(*one) for name, one in state["options"].items()}
+        self._steps = {name: _Number(value) for name, value in state["steps"].items()}
+        self._finished = dict(state["finished"])
+        self._epochs = {}
+        for name, kept in state["epochs"].items():
+            running = self._epochs[name] = _Running(self._options[name].reduce)
+            running.load(kept, parts)
 
     def _name(self, name: str, suffix: str) -> str:
         options = self._options[name]
@@ -173,10 +234,11 @@ class _Number:
 class _Value:
     """One value of each shard and its weight."""
 
-    __slots__ = ("weighted",)
+    __slots__ = ("reduce", "weighted")
 
-    def __init__(self, weighted: list[tuple[Any, float]]) -> None:
+    def __init__(self, weighted: list[tuple[Any, float]], reduce: Reduce) -> None:
         self.weighted = weighted
+        self.reduce = reduce
 
     def totals(self) -> tuple[Any, Any]:
         """The sum of the totals, and of the weights: None for a plain sum."""
@@ -193,12 +255,24 @@ class _Value:
                     total = total + value
                     weight = own if weight is None else weight + own
                     continue
+            if self.reduce == "sum":
+                total = total + value
+                continue
             total = total + value * samples
             weight = samples if weight is None else weight + samples
         return total, weight
 
+    def numbers(self) -> list[Any]:
+        """The shards' values, by themselves."""
+        return [
+            _Value([one], "mean").read() if isinstance(one[0], Loss) else one[0]
+            for one in self.weighted
+        ]
+
     def read(self) -> float:
-        return _mean(*self.totals())
+        if self.reduce in ("mean", "sum"):
+            return _mean(*self.totals())
+        return _reduced(self.numbers(), self.reduce)
 
 
 class _MetricValue:
@@ -214,15 +288,17 @@ class _MetricValue:
 
 
 class _Running:
-    """A mean over an epoch."""
+    """A mean, sum, smallest or largest value over an epoch, or a function of all values."""
 
     #: So many values are kept before they are added up: memory does not grow with the epoch.
     KEPT = 256
 
-    def __init__(self) -> None:
+    def __init__(self, reduce: Reduce) -> None:
+        self.reduce = reduce
         self.values: list[_Value] = []
         self.total: Any = 0.0
         self.weight: Any = None
+        self.numbers: list[float] = []  # what is neither mean nor sum is made of
         self.metric: _MetricValue | None = None
 
     def add(self, value: Any) -> None:
@@ -234,18 +310,52 @@ class _Running:
             self._fold()
 
     def _fold(self) -> None:
-        totals, weights = zip(*(value.totals() for value in self.values), strict=True)
-        self.total = _sum([self.total, *totals])
-        known = [weight for weight in (self.weight, *weights) if weight is not None]
-        self.weight = _sum(known) if known else None
+        if not self.values:
+            return
+        if self.reduce in ("mean", "sum"):
+            totals, weights = zip(*(value.totals() for value in self.values), strict=True)
+            self.total = _sum([self.total, *totals])
+            known = [weight for weight in (self.weight, *weights) if weight is not None]
+            self.weight = _sum(known) if known else None
+        else:
+            self.numbers += [float(one) for value in self.values for one in value.numbers()]
+            if isinstance(self.reduce, str):  # the smallest or largest so far is enough
+                self.numbers = [_reduced(self.numbers, self.reduce)]
         self.values.clear()
 
     def read(self) -> float:
         if self.metric is not None:
             return self.metric.read()
-        if self.values:
-            self._fold()
-        return _mean(self.total, self.weight)
+        self._fold()
+        if self.reduce in ("mean", "sum"):
+            return _mean(self.total, self.weight)
+        return _reduced(self.numbers, self.reduce)
+
+    def state(self, metrics: dict[int, str]) -> dict[str, Any]:
+        if self.metric is not None:
+            return {"metric": metrics.get(id(self.metric.metric))}
+        self._fold()
+        weight = None if self.weight is None else float(self.weight)
+        return {"total": float(self.total), "weight": weight, "numbers": list(self.numbers)}
+
+    def load(self, state: dict[str, Any], parts: dict[str, nn.Module]) -> None:
+        if "metric" in state:
+            part = parts.get(state["metric"])
+            if isinstance(part, Metric):
+                self.metric = _MetricValue(part)
+            return
+        self.total, self.weight = state["total"], state["weight"]
+        self.numbers = list(state["numbers"])
+
+
+def _reduced(numbers: Sequence[Any], reduce: Reduce) -> float:
+    """Neither mean nor sum, which are kept as totals."""
+    values = [float(number) for number in numbers]
+    if not isinstance(reduce, str):
+        return float(reduce(torch.tensor(values, dtype=torch.float64)))
+    # Not Python's min and max: NaN must show.
+    found = torch.tensor(values, dtype=torch.float64)
+    return float(found.min() if reduce == "min" else found.max())
 
 
 def _mean(total: Any, weight: Any) -> float:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -224,6 +225,29 @@ def read_optimizers(returned: object, module: nn.Module) -> dict[str, NamedOptim
         _refuse_repeated_parameters(one, names)
     _warn_of_untrained(named.values(), module)
     return named
+
+
+def clip(
+    parameters: Sequence[Parameter], limit: float, algorithm: ClipAlgorithm | str | None = "norm"
+) -> None:
+    """Clip `.grad` of these parameters together.
+
+    Args:
+        parameters: those without a gradient are left out.
+        limit: the largest norm of all gradients together, or absolute value of each number.
+        algorithm: `"norm"` or `"value"`; None is `"norm"`.
+
+    Raises:
+        ValueError: another algorithm.
+
+    Source: `torch.nn.utils.clip_grad_norm_`, `clip_grad_value_`.
+    """
+    if algorithm == "value":
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    elif algorithm in ("norm", None):
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
+    else:
+        raise ValueError(f"gradient_clip_algorithm must be 'norm' or 'value', got {algorithm!r}")
 
 
 # -- the forms ---------------------------------------------------------------------------------

@@ -466,8 +466,8 @@ class _Tracing(Trainer):
         super().__init__(**arguments)
         self.effects: list[Effect[Any]] = []
 
-    def _driver(self, module: LoopModule, body: Body, stepper: Stepper | None) -> Lockstep:
-        driver = super()._driver(module, body, stepper)
+    def driver(self, module: LoopModule, body: Body, stepper: Stepper | None) -> Lockstep:
+        driver = super().driver(module, body, stepper)
         check = driver.check
 
         def noted(effect: Effect[Any]) -> None:

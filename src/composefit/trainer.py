@@ -1,41 +1,42 @@
-"""`Trainer`: builds strategy, loops, callbacks and logger from keyword arguments, and runs them."""
+"""`Trainer`: builds strategy, loops, callbacks and loggers from keyword arguments."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch.optim import Optimizer
 
-from composefit import arguments, checkpoint, tree
-from composefit.callbacks import Callback, LastCheckpoint, ModelSummary, ProgressBar
+from composefit import arguments, checkpoint, report, snapshot
+from composefit.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
 from composefit.data import Batches
+from composefit.datamodule import DataModule
+from composefit.evaluation import Evaluation
+from composefit.history import History
 from composefit.hooks import HookCaller
 from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.scatter import batch_size
-from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import OnNonfinite, Stepper
 from composefit.loggers import Logger
 from composefit.logs import Logs
-from composefit.loops import EvaluateLoop, FitLoop, TrainEpochLoop
-from composefit.module import Logged, LoopModule
-from composefit.optimizers import ClipAlgorithm, NamedOptimizer, Schedule, read_optimizers
+from composefit.loops import EvaluateLoop, FitLoop, Limits, Loop, PredictLoop, TrainEpochLoop
+from composefit.module import Logged, LoopModule, overridden
+from composefit.optimizers import ClipAlgorithm, NamedOptimizer
 from composefit.precision import Precision
+from composefit.profilers import Profiler, as_profiler
+from composefit.results import print_results
+from composefit.running import Run, running
+from composefit.sources import Sources
 from composefit.strategies import Strategy, choose
+from composefit.training import Training
 
 __all__ = ["Trainer"]
-
-#: Changes when older checkpoints cannot be read as they are.
-CHECKPOINT_FORMAT = 1
 
 
 class Trainer:
@@ -43,26 +44,47 @@ class Trainer:
 
     Args:
         strategy: how a step is carried out: a `Strategy`, or `"auto"`, `"single"`, `"threads"`.
+        accelerator: `"auto"`, `"cpu"`, `"gpu"`, `"cuda"` or `"mps"`, for a strategy by name.
+        devices: how many of them; several CPUs are threads.
         precision: `"32"`, `"64"`, `"bf16-mixed"`, `"bf16-true"`, `"16-mixed"`.
-        max_epochs: stop after this many passes over the loader; None for no limit. Default: 1000,
-            or no limit where `max_steps` is given, as in Lightning.
+        max_epochs: stop after this many passes over the loader; None or -1 for no limit. Default:
+            1000, or no limit where `max_steps` or `max_time` is given, as in Lightning.
+        min_epochs: at least so many, whoever asks to stop.
         max_steps: stop after this many steps (not optimizer calls); -1 for no limit.
+        min_steps: at least so many, whoever asks to stop.
+        max_time: stop after this time of training: a timedelta, a dict of its arguments, or
+            `"days:hours:minutes:seconds"`. Time before a resumption counts.
         accumulate_grad_batches: loader batches in a step; exact on a short last window.
         microbatch_size: no shard holds more samples than this: less memory, the same result.
         gradient_clip_val: the largest norm (or value) of each optimizer's gradients; an
             `OptimizerConfig` overrides it.
         gradient_clip_algorithm: `"norm"` or `"value"`.
         limit_train_batches: loader batches an epoch: a number, or a fraction as a float.
-        limit_val_batches: the same for validation.
-        log_every_n_steps: hand logged values to the logger at every n-th step.
+        limit_val_batches, limit_test_batches, limit_predict_batches: the same for the others, of
+            each loader; 0 leaves validation out.
+        overfit_batches: train, validate and test on so many batches (or this fraction), unshuffled.
+        fast_dev_run: one epoch of one batch of everything (or so many), without loggers and
+            checkpoints: does the code run at all?
+        num_sanity_val_steps: validation batches before training, to see that it works; -1 for all.
+        val_check_interval: validate every so many loader batches, or after this fraction of an
+            epoch; 1.0 is its end. Within an accumulation window: after its step.
+        check_val_every_n_epoch: validate in every n-th epoch; None counts the batches of
+            `val_check_interval` over all epochs.
+        reload_dataloaders_every_n_epochs: ask the module or data module for loaders anew.
+        log_every_n_steps: hand logged values to the loggers at every n-th step.
         callbacks: one or several, in the order in which their hooks run.
         logger: True for a `CSVLogger` in `default_root_dir`, False for none, or one or several.
         enable_progress_bar: show a bar, or plain lines where there is no terminal.
         enable_model_summary: print a table of parameters and optimizers before training.
-        enable_checkpointing: keep `default_root_dir/last.ckpt`.
+        enable_checkpointing: keep `last.ckpt` in `default_root_dir`, unless a `ModelCheckpoint`
+            says otherwise.
         default_root_dir: where files go.
         seed: of every random draw; None takes torch's (`torch.manual_seed`).
-        deterministic: `torch.use_deterministic_algorithms` for the run.
+        deterministic: `torch.use_deterministic_algorithms` for the run; `"warn"` only warns.
+        benchmark: `torch.backends.cudnn.benchmark` for the run; None leaves it.
+        detect_anomaly: `torch.autograd.set_detect_anomaly` for the run.
+        inference_mode: evaluate under `torch.inference_mode`; False: under `torch.no_grad`.
+        profiler: None, `"simple"`, `"advanced"`, `"pytorch"`, or a profiler.
         on_nonfinite: what a NaN or infinite loss or gradient does: `"raise"` before any weight
             changes, `"skip"` the update, or `"ignore"`.
 
@@ -71,104 +93,152 @@ class Trainer:
 
     Attributes:
         global_step: the steps done.
-        current_epoch: the epoch that runs, from 0.
-        updates: name -> how often an optimizer was updated.
-        optimizers: name -> optimizer with its schedulers and clipping.
-        samples_seen: the samples trained on; None where nobody knows how many there are.
         should_stop: set it to end the fit after the step that runs.
-        call: `call(hook, *arguments)` runs a hook of the callbacks, then of the module.
+        call: `call(hook, *arguments)` runs a hook of the callbacks and of the module.
+        module: the module of the last run.
+        datamodule: its data module, or None.
+        loop: the loop that runs, or ran last.
+        fit_loop: the `FitLoop` in it, or None.
+        training: optimizers and driver of the training that goes on, or None.
+        evaluation: drivers and logs of validation, test and prediction.
+        mid_step: the last step failed after some of its updates.
+        history: what was logged, for `report`.
+        run_seed: the seed of this run's random draws.
     """
 
     def __init__(
         self,
         *,
         strategy: str | Strategy = "auto",
+        accelerator: str = "auto",
+        devices: int | str | Sequence[int] = "auto",
         precision: str | int = "32",
         max_epochs: int | None = None,
+        min_epochs: int | None = None,
         max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: str | timedelta | dict[str, int] | None = None,
         accumulate_grad_batches: int = 1,
         microbatch_size: int | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: ClipAlgorithm | None = None,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
-        log_every_n_steps: int = 50,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0,
+        fast_dev_run: bool | int = False,
+        num_sanity_val_steps: int | None = None,
+        val_check_interval: int | float | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        reload_dataloaders_every_n_epochs: int = 0,
+        log_every_n_steps: int | None = None,
         callbacks: Callback | Sequence[Callback] | None = None,
-        logger: bool | Logger | Sequence[Logger] | None = True,
-        enable_progress_bar: bool = True,
-        enable_model_summary: bool = True,
-        enable_checkpointing: bool = True,
-        default_root_dir: str | Path = "runs",
+        logger: bool | Logger | Sequence[Logger] | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
+        enable_checkpointing: bool | None = None,
+        default_root_dir: str | Path | None = None,
         seed: int | None = None,
-        deterministic: bool = False,
+        deterministic: bool | Literal["warn"] | None = None,
+        benchmark: bool | None = None,
+        detect_anomaly: bool = False,
+        inference_mode: bool = True,
+        profiler: str | Profiler | torch.profiler.profile | None = None,
         on_nonfinite: OnNonfinite = "raise",
         **unknown: Any,
     ) -> None:
+        self.arguments = {k: v for k, v in locals().items() if k not in ("self", "unknown")}
         arguments.refuse_unknown(Trainer.__init__, unknown)
-        count, flag = arguments.count, arguments.flag
-        self.strategy = choose(strategy)
+        count, flag, limit = arguments.count, arguments.flag, arguments.limit
+        self.strategy = choose(strategy, accelerator, devices)
         self.precision = Precision.of(precision)
-        self.max_epochs = count("max_epochs", max_epochs, least=0, none=True)
-        self.max_steps = count("max_steps", max_steps, least=-1)
-        if max_epochs is None and self.max_steps < 0:
-            self.max_epochs = 1000
-        elif self.max_epochs == -1:
-            self.max_epochs = None
+        dev = arguments.fast_dev_run(fast_dev_run)
+        self.fast_dev_run = dev > 0
+        self.limits = arguments.limits(max_epochs, max_steps, min_epochs, min_steps, max_time, dev)
         self.accumulate_grad_batches = count("accumulate_grad_batches", accumulate_grad_batches)
         self.microbatch_size = count("microbatch_size", microbatch_size, none=True)
         self.gradient_clip_val = arguments.positive("gradient_clip_val", gradient_clip_val)
-        if gradient_clip_algorithm not in (None, "norm", "value"):
+        self.gradient_clip_algorithm: ClipAlgorithm = arguments.choice(
+            "gradient_clip_algorithm", gradient_clip_algorithm or "norm", ("norm", "value")
+        )
+        overfit = arguments.overfit(overfit_batches)
+        self.overfit_batches = overfit
+        self.limit_train_batches = (
+            dev or overfit or limit("limit_train_batches", limit_train_batches)
+        )
+        self.limit_val_batches = dev or overfit or limit("limit_val_batches", limit_val_batches, 0)
+        self.limit_test_batches = dev or overfit or limit("limit_test_batches", limit_test_batches)
+        self.limit_predict_batches = dev or limit("limit_predict_batches", limit_predict_batches)
+        sanity = 2 if num_sanity_val_steps is None else num_sanity_val_steps
+        self.num_sanity_val_steps = 0 if dev else count("num_sanity_val_steps", sanity, least=-1)
+        interval = 1.0 if val_check_interval is None or dev else val_check_interval
+        self.val_check_interval = limit("val_check_interval", interval) or 1.0
+        self.check_val_every_n_epoch = count(
+            "check_val_every_n_epoch", 1 if dev else check_val_every_n_epoch, none=True
+        )
+        if self.check_val_every_n_epoch is None and isinstance(self.val_check_interval, float):
             raise ValueError(
-                "gradient_clip_algorithm must be 'norm' or 'value', "
-                f"got {gradient_clip_algorithm!r}"
+                "check_val_every_n_epoch=None counts loader batches over all epochs: give "
+                f"val_check_interval as a number of them, got {self.val_check_interval}"
             )
-        self.gradient_clip_algorithm: ClipAlgorithm = gradient_clip_algorithm or "norm"
-        self.limit_train_batches = arguments.limit("limit_train_batches", limit_train_batches)
-        self.limit_val_batches = arguments.limit("limit_val_batches", limit_val_batches)
-        self.log_every_n_steps = count("log_every_n_steps", log_every_n_steps)
-        if on_nonfinite not in ("raise", "skip", "ignore"):
-            raise ValueError(
-                f"on_nonfinite must be 'raise', 'skip' or 'ignore', got {on_nonfinite!r}"
-            )
-        self.on_nonfinite = on_nonfinite
-        self.default_root_dir = arguments.path("default_root_dir", default_root_dir)
+        self.reload_dataloaders_every_n_epochs = count(
+            "reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, least=0
+        )
+        every = 50 if log_every_n_steps is None else log_every_n_steps
+        self.log_every_n_steps = count("log_every_n_steps", every)
+        self.on_nonfinite: OnNonfinite = arguments.choice(
+            "on_nonfinite", on_nonfinite, ("raise", "skip", "ignore")
+        )
+        root = "runs" if default_root_dir is None else default_root_dir
+        self.default_root_dir = arguments.path("default_root_dir", root)
         self.seed = count("seed", seed, least=0, none=True)
-        self.deterministic = flag("deterministic", deterministic)
+        self.deterministic = arguments.choice(
+            "deterministic",
+            False if deterministic is None else deterministic,
+            (True, False, "warn"),
+        )
+        self.benchmark = benchmark if benchmark is None else flag("benchmark", benchmark)
+        self.detect_anomaly = flag("detect_anomaly", detect_anomaly)
+        self.inference_mode = flag("inference_mode", inference_mode)
+        self.profiler = as_profiler(profiler, self.default_root_dir)
         self.callbacks = arguments.callbacks(callbacks)
-        self._bring_along(ModelSummary, flag("enable_model_summary", enable_model_summary))
-        self._bring_along(ProgressBar, flag("enable_progress_bar", enable_progress_bar))
-        self._bring_along(LastCheckpoint, flag("enable_checkpointing", enable_checkpointing))
-        self.loggers = arguments.loggers(logger, self.default_root_dir)
+        self._defaults: list[Callback] = []
+        self._bring_along(ModelSummary, enable_model_summary)
+        self._bring_along(ProgressBar, enable_progress_bar)
+        self._bring_along(ModelCheckpoint, False if dev else enable_checkpointing)
+        arguments.refuse_order(self.callbacks)
+        self.loggers = [] if dev else arguments.loggers(logger, self.default_root_dir)
 
         self.global_step = 0
         self.should_stop = False
+        self.mid_step = False
         self.is_global_zero = True
-        self.optimizers: dict[str, NamedOptimizer] = {}
-        self.fit_loop: FitLoop | None = None
-        self.validate_loop: EvaluateLoop | None = None
         self.module: LoopModule | None = None
+        self.datamodule: DataModule | None = None
+        self.loop: Loop | None = None
+        self.fit_loop: FitLoop | None = None
+        self.training: Training | None = None
+        self.evaluation = Evaluation(self)
         self.num_training_batches: float = math.inf
-        self.num_val_batches: float = math.inf
-        self.samples_seen: int | None = 0
-        self.logs = self._current_logs = Logs()
-        self.evaluation_logs = Logs()
+        self.num_val_batches: list[float] = []
+        self.history = History()
+        self.logs = self._heard = Logs()
+        self.run_seed = 0
+        self.run_in_progress: Run | None = None
         self.call: HookCaller
-        self._sessions: ExitStack | None = None
-        self._training: Lockstep | None = None
-        self._evaluating: Lockstep | None = None
-        self._stepper: Stepper | None = None
-        self._monitors: list[tuple[str, Schedule]] = []
-        self._epoch_updates: Counter[str] = Counter()
-        self._epoch_steps = 0
-        self._samples_per_batch: int | None = None
+        self._brought: list[Callback] = []  # by the module of the run
+        self._whole_epoch = True
 
     # -- what a user calls ---------------------------------------------------------------------
 
     def fit(
         self,
         module: LoopModule,
-        train_dataloaders: Any,
+        train_dataloaders: Any = None,
         val_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | Path | None = None,
     ) -> None:
         """Train a module.
 
@@ -176,53 +246,122 @@ class Trainer:
             module: is trained in place.
             train_dataloaders: an iterable of batches that can be iterated again for every epoch,
                 or a dict of such (the batch is then a dict of theirs). A batch is the whole
-                world's, whatever the strategy.
-            val_dataloaders: what `validation_step` runs over after every epoch.
+                world's, whatever the strategy. Or a `DataModule`. None asks the module.
+            val_dataloaders: what `validation_step` runs over after every epoch; several in a list
+                or dict run one after another.
+            datamodule: gives the loaders in their place.
+            ckpt_path: go on from this checkpoint; `"last"`: the newest `last.ckpt` that the
+                checkpoint callbacks have written; `"best"`: their best; `"auto"`: the last if there
+                is one, else from the start.
 
         Raises:
             TypeError, ValueError: module, optimizers or loaders that cannot be, before any work.
+            FileNotFoundError: there is no such checkpoint.
+            RuntimeError: the checkpoint is damaged, or of another module.
             Whatever the module's code raises, with a note of the shard, effect and step.
         """
-        # With a limit of steps one epoch may be all there is: an endless stream will do then.
-        no_limit = math.inf if self.max_epochs is None else self.max_epochs
-        epochs = 1 if self.max_steps >= 0 else no_limit
-        train = Batches(train_dataloaders, "train_dataloaders", self.limit_train_batches, epochs)
         self._check(module, "training_step", "configure_optimizers")
-        val = None
-        if val_dataloaders is not None:
-            val = Batches(val_dataloaders, "val_dataloaders", self.limit_val_batches, epochs)
-            self._check(module, "validation_step")
-        with self._running(module, "fit"):
-            self._start_training(module)
-            self.num_training_batches = train.number
-            epoch = TrainEpochLoop(
-                self,
-                module,
-                train,
-                self.accumulate_grad_batches,
-                math.inf if self.max_steps < 0 else self.max_steps,
-            )
-            validate = None if val is None else self._evaluation(module, val)
-            self.fit_loop = FitLoop(self, self.max_epochs, epoch, validate)
-            self.fit_loop.run()
-            assert self._stepper is not None
-            self._stepper.finish()
+        sources = Sources.of(module, datamodule, train=train_dataloaders, val=val_dataloaders)
+        sources.refuse("train", "fit")
+        self._refuse_to_run_twice("fit")
+        state = snapshot.read(self, ckpt_path)
+        # Where nobody has to set up data first, loaders that cannot be are refused now.
+        ready = self._fit_loop(module, sources) if sources.given_directly else None
+        self._attach(module, sources.datamodule)
+        with running(self, module, "fit", sources.datamodule):
+            loop = ready or self._fit_loop(module, sources)
+            self._begin(module, loop, state)
+            loop.run(self, module)
 
-    def validate(self, module: LoopModule, dataloaders: Any) -> dict[str, float]:
-        """Run `validation_step` over a loader.
+    def validate(
+        self,
+        module: LoopModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """Run `validation_step` over one or several loaders.
 
         Args:
-            module: is evaluated, without gradients.
-            dataloaders: an iterable of batches.
+            module: is evaluated, without gradients; None: that of the last run.
+            dataloaders: an iterable of batches, or several in a list or dict; a `DataModule`; None
+                asks the module.
+            ckpt_path: take the weights from this checkpoint first; `"best"` and `"last"` as in
+                `fit`. With no module given the default is the best one, if there is one.
+            verbose: print the results.
+            datamodule: gives the loaders in their place.
 
         Returns:
-            name -> the mean over the loader of what was logged, weighted by samples.
+            For each loader, name -> the mean over it of what was logged, weighted by samples.
         """
-        val = Batches(dataloaders, "val_dataloaders", self.limit_val_batches)
-        self._check(module, "validation_step")
-        with self._running(module, "validate"):
+        return self._evaluate("validate", module, dataloaders, ckpt_path, verbose, datamodule)
+
+    def test(
+        self,
+        module: LoopModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: DataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """Run `test_step` over one or several loaders; arguments and result as `validate`."""
+        return self._evaluate("test", module, dataloaders, ckpt_path, verbose, datamodule)
+
+    def predict(
+        self,
+        module: LoopModule | None = None,
+        dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+        return_predictions: bool = True,
+        ckpt_path: str | Path | None = None,
+    ) -> list[Any] | None:
+        """Run `predict_step` over one or several loaders.
+
+        Args:
+            module: as in `validate`.
+            dataloaders: as in `validate`.
+            datamodule: as in `validate`.
+            ckpt_path: as in `validate`.
+            return_predictions: False keeps nothing in memory; a `PredictionWriter` sees it.
+
+        Returns:
+            One entry for each loader batch, in order, joined over shards; with several loaders one
+            such list for each; None without `return_predictions`.
+        """
+        module, sources, state = self._prepare(
+            "predict", module, dataloaders, datamodule, ckpt_path
+        )
+        self._attach(module, sources.datamodule)
+        with running(self, module, "predict", sources.datamodule):
+            loop = PredictLoop(
+                self._several(sources, "predict", self.limit_predict_batches), return_predictions
+            )
+            snapshot.load_weights(module, state)
             self.strategy.place(module, self.precision.dtype)
-            return self._evaluation(module, val).run()
+            self.loop = loop
+            return loop.run(self, module)
+
+    def run(self, loop: Loop, module: LoopModule, ckpt_path: str | Path | None = None) -> Any:
+        """Run any loop: one of your own, or one of this package's put together differently.
+
+        Args:
+            loop: what is done, and how often.
+            module: with what.
+            ckpt_path: go on from this checkpoint, which the same kind of loop has written.
+
+        Returns:
+            What the loop's `run` returns.
+        """
+        if not isinstance(loop, Loop):
+            raise TypeError(f"trainer.run expects a Loop, got {type(loop).__name__}")
+        self._check(module, *(("configure_optimizers",) if loop.trains else ()))
+        self._refuse_to_run_twice("run")
+        state = snapshot.read(self, ckpt_path)
+        self._attach(module, None)
+        with running(self, module, loop.stage, None):
+            self._begin(module, loop, state)
+            return loop.run(self, module)
 
     def step(self, module: LoopModule, batches: list[Any], batch_idx: int = 0) -> Any:
         """One training step over these loader batches: what a loop calls.
@@ -255,108 +394,221 @@ class Trainer:
                 "trainer.step expects a list of at least one loader batch, got an empty list: "
                 "write trainer.step(module, [batch])"
             )
-        if self.module is not module or self._training is None:
+        if self.module is not module or self.training is None:
             self._check(module, "training_step", "configure_optimizers")
             self._attach(module)
-            self._start_training(module)
+            self.restart(module)
         elif module.trainer is not self:  # another trainer has had it in the meantime
             module.trainer = self
-        driver = self._training
-        assert driver is not None
-        shards = driver.step(batches, batch_idx, self.global_step)
+        training = self.training
+        assert training is not None
+        training.batch_idx = batch_idx
+        driver = training.driver
+        try:
+            if self.profiler is None:
+                shards = driver.step(batches, batch_idx, self.global_step)
+            else:
+                with self.profiler.span("step"):
+                    shards = driver.step(batches, batch_idx, self.global_step)
+                self.profiler.step()
+        except BaseException:
+            self.mid_step = bool(driver.history)
+            raise
+        self.mid_step = False
         self.global_step += 1
-        self._epoch_steps += 1
-        if self.samples_seen is not None:
-            self._count_samples(shards, batches)
+        training.finish_step(shards, batches)
         self.logs.add(shards)
-        if self._monitors:
-            self._step_monitors()
-        if self.loggers and self.global_step % self.log_every_n_steps == 0:
-            self._write(self.logs.step_values())
+        training.step_monitors()
+        if self.global_step % self.log_every_n_steps == 0:
+            self.write_step()
         losses = driver.losses
-        if len(self.optimizers) == 1:
+        if len(training.optimizers) == 1:
             return {"loss": next(iter(losses.values()))} if losses else {}
         return losses
 
-    def evaluate(self, module: LoopModule, batch: Any, batch_idx: int = 0) -> Any:
-        """One evaluation step: what a loop calls.
+    def evaluate(
+        self, module: LoopModule, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> Any:
+        """One evaluation step, within `evaluation.running`: what a loop calls.
 
         Returns:
-            What the step returned, joined over shards; within `fit` and `validate` None, where
-            several shards have returned something and no `on_validation_batch_end` asks for it.
+            What the step returned, joined over shards; in a run None, where several shards have
+            returned something and no hook asks for it.
         """
-        driver = self._evaluating
-        if driver is None or driver.owner is not module:
-            body = Body.method(module, "validation_step", training=False)
-            driver = self._evaluating = self._driver(module, body, None)
-        shards = driver.step([batch], batch_idx, batch_idx)
-        self.evaluation_logs.add(shards)
-        if self.loggers and (batch_idx + 1) % self.log_every_n_steps == 0:
-            self._write(self.evaluation_logs.step_values())
-        outputs = [shard.output for shard in shards]
-        if len(outputs) == 1:
-            return outputs[0]
-        if self._sessions is not None and not self.call.anybody("on_validation_batch_end", 3):
-            return None  # what cannot be joined does no harm where nobody looks at it
-        return tree.join(outputs)
+        return self.evaluation.step(module, batch, batch_idx, dataloader_idx)
 
-    def save_checkpoint(self, path: str | Path) -> None:
-        """Write module, optimizers, schedulers, loss scales, loops and callbacks, atomically.
+    def restart(self, module: LoopModule) -> None:
+        """New counters, logs and optimizers; the weights stay. For loops that train several times.
 
-        The file loads with `torch.load(path, weights_only=True)`.
+        Args:
+            module: the module of the run.
+        """
+        self.global_step = 0
+        self.should_stop = False
+        self.mid_step = False
+        self._whole_epoch = True
+        self.logs = self._heard = Logs()
+        self.evaluation.logs = Logs()
+        self.training = None
+        self.seed_run(torch.initial_seed() if self.seed is None else self.seed)
+        self.strategy.place(module, self.precision.dtype)
+        self.training = Training(self, module)
+
+    def save_checkpoint(
+        self, path: str | Path, weights_only: bool = False, trainable_only: bool = False
+    ) -> None:
+        """Write the whole state of the training, atomically.
+
+        The file loads with `torch.load(path, weights_only=True)`; see `docs/state.md`.
+
+        Args:
+            path: the file.
+            weights_only: module and hyperparameters alone; no training can go on from it.
+            trainable_only: of the module only the parameters that are trained, and buffers.
 
         Raises:
             RuntimeError: nothing is trained yet.
             TypeError: a state that a safe load could not read back.
             OSError: the file cannot be written; the previous one is then intact.
         """
-        if self.module is None or self._stepper is None:
+        if self.module is None or self.training is None:
             raise RuntimeError("there is nothing to save yet: call fit first")
-        callbacks = {
-            f"{i}.{type(c).__name__}": c.state_dict() for i, c in enumerate(self.callbacks)
-        }
-        named = self.optimizers.items()
-        state = {
-            "composefit_checkpoint": CHECKPOINT_FORMAT,
-            "module": self.module.state_dict(),
-            "optimizers": {name: one.optimizer.state_dict() for name, one in named},
-            "schedulers": {
-                name: [s.scheduler.state_dict() for s in one.schedulers] for name, one in named
-            },
-            "loss_scales": {n: scale.state_dict() for n, scale in self._stepper.scales.items()},
-            "updates": dict(self.updates),
-            "global_step": self.global_step,
-            "loops": {} if self.fit_loop is None else self.fit_loop.state_dict(),
-            "callbacks": {name: found for name, found in callbacks.items() if found},
-        }
-        checkpoint.save(path, state)
+        with self.profiled_as("checkpoint"):
+            for logger in self.loggers:
+                logger.flush()
+            state = snapshot.take(self, weights_only, trainable_only)
+            self.module.on_save_checkpoint(state)
+            for callback in self.callbacks:
+                callback.on_save_checkpoint(self, self.module, state)
+            checkpoint.save(path, state)
+
+    def report(self, path: str | Path | None = None) -> Path:
+        """Write one self-contained `report.html`: curves, settings, environment.
+
+        Args:
+            path: the file; by default in `default_root_dir`.
+
+        Returns:
+            Where it was written.
+        """
+        target = self.default_root_dir / "report.html" if path is None else Path(path)
+        module = self.module
+        settings = report.configuration(
+            self.arguments,
+            self.strategy,
+            self.optimizers,
+            {} if module is None else module.hparams,
+        )
+        title = "Training" if module is None else type(module).__name__
+        return report.write(target, self.history, settings, report.environment(), title)
 
     # -- what loops and callbacks read ---------------------------------------------------------
 
     @property
     def current_epoch(self) -> int:
         """The epoch that runs, from 0."""
-        return 0 if self.fit_loop is None else self.fit_loop.epoch
+        return getattr(self.fit_loop or self.loop, "epoch", 0)
+
+    @property
+    def optimizers(self) -> dict[str, NamedOptimizer]:
+        """Name -> optimizer with its schedulers and clipping."""
+        return {} if self.training is None else self.training.optimizers
 
     @property
     def updates(self) -> dict[str, int]:
         """Name -> how often this optimizer was updated."""
-        return {} if self._stepper is None else self._stepper.updates
+        return {} if self.training is None else self.training.stepper.updates
 
     @property
-    def callback_metrics(self) -> dict[str, float]:
-        """Everything logged so far, by name; waits for the device."""
-        return {**self.logs.all_values(), **self.evaluation_logs.all_values()}
+    def samples_seen(self) -> int | None:
+        """The samples trained on; None where nobody knows how many there are."""
+        return 0 if self.training is None else self.training.samples_seen
 
     @property
-    def logged_metrics(self) -> dict[str, float]:
-        """What the loggers would get now; waits for the device."""
-        return self.logs.step_values()
+    def stage(self) -> str | None:
+        """`"fit"`, `"validate"`, `"test"`, `"predict"`, or None between runs."""
+        return None if self.run_in_progress is None else self.run_in_progress.stage
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether these are the validation batches before training."""
+        return self.evaluation.sanity_checking
+
+    @property
+    def num_evaluation_batches(self) -> list[float]:
+        """Batches of each loader of the evaluation that runs."""
+        return self.evaluation.numbers
+
+    @property
+    def exception(self) -> BaseException | None:
+        """What the run fails with, while its end hooks run; None otherwise."""
+        call = getattr(self, "call", None)
+        return None if call is None else call.exception
+
+    @property
+    def interrupted(self) -> int:
+        """The number of a signal that will end the run at the next step boundary, or 0."""
+        return 0 if self.run_in_progress is None else self.run_in_progress.signals.received
+
+    @property
+    def max_epochs(self) -> int | None:
+        """The limit of epochs; None for none."""
+        return self.limits.max_epochs
+
+    @property
+    def max_steps(self) -> int:
+        """The limit of steps; -1 for none."""
+        return -1 if self.limits.max_steps is None else self.limits.max_steps
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """How many steps the fit will take; infinity where nobody knows."""
+        steps = math.inf if self.limits.max_steps is None else self.limits.max_steps
+        epochs = self.limits.max_epochs
+        if epochs is None or self.num_training_batches == math.inf:
+            return steps
+        an_epoch = math.ceil(self.num_training_batches / self.accumulate_grad_batches)
+        return float(min(steps, an_epoch * epochs))
+
+    @property
+    def callback_metrics(self) -> dict[str, torch.Tensor]:
+        """Everything logged so far, by name, as 0-dim float64 tensors; waits for the device."""
+        return _tensors(self.known_values())
+
+    @property
+    def logged_metrics(self) -> dict[str, torch.Tensor]:
+        """What the loggers would get now, as 0-dim float64 tensors; waits for the device."""
+        return _tensors(
+            {
+                **self.logs.step_values(),
+                **self.logs.epoch_values(),
+                **self.evaluation.logs.epoch_values(),
+            }
+        )
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
         """What was logged with `prog_bar=True`; waits for the device."""
-        return {**self.logs.bar_values(), **self.evaluation_logs.bar_values()}
+        return {**self.logs.bar_values(), **self.evaluation.logs.bar_values()}
+
+    def known_values(self) -> dict[str, float]:
+        """Everything logged so far, by name; waits for the device."""
+        return {**self.logs.all_values(), **self.evaluation.logs.all_values()}
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        """The callbacks that write checkpoints."""
+        return [one for one in self.callbacks if isinstance(one, ModelCheckpoint)]
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first of them."""
+        return next(iter(self.checkpoint_callbacks), None)
 
     def describe_batch(self, batch: Any) -> str | None:
         """How a loader's batch is cut, `32 = 2 threads x 16`; None where its size is not known."""
@@ -369,50 +621,83 @@ class Trainer:
 
     # -- what loops call -----------------------------------------------------------------------
 
-    def end_epoch(self) -> None:
-        """The end of a training epoch: means, schedulers by epoch, and what went unused."""
-        self.logs.end_epoch()
-        self._warn_of_idle()
-        for one in self.optimizers.values():
-            for schedule in one.schedulers:
-                if schedule.interval == "epoch" and schedule.due(self.current_epoch + 1):
-                    self._step_schedule(one.name, schedule)
+    def between_steps(self) -> None:
+        """Between two steps, where nothing is half done: a signal that came is obeyed now.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: after SIGTERM (143) or SIGUSR1 (138).
+        """
+        run = self.run_in_progress
+        if run is not None and run.signals.received:
+            run.signals.obey()
+
+    def end_epoch(self, whole: bool = True) -> None:
+        """The end of a training epoch: means, schedulers by epoch, and what went unused.
+
+        Args:
+            whole: False where the epoch was left before its end: it may go on.
+        """
+        self._whole_epoch = whole
+        self.logs.end_epoch(whole)
+        if whole:
+            training = self.training
+            assert training is not None
+            training.warn_of_idle(self.current_epoch)
+            training.step_epoch_schedules(self.current_epoch + 1)
 
     def write_epoch(self) -> None:
         """Hand the epoch's means to the loggers, with what hooks have logged at its end."""
-        self.logs.end_epoch()
-        self._write(self.logs.take_epoch())
+        self.logs.end_epoch(self._whole_epoch)
+        self.write(self.logs.take_epoch(), self.logs.take_images())
 
     @contextmanager
-    def evaluation(self, module: LoopModule) -> Iterator[None]:
-        """Around a validation: no gradients, all parts in evaluation mode, logs of its own."""
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        self._current_logs = self.evaluation_logs
+    def hearing(self, logs: Logs) -> Iterator[None]:
+        """What hooks log goes here."""
+        self._heard, before = logs, self._heard
         try:
-            with torch.no_grad():
-                yield
+            yield
         finally:
-            self._current_logs = self.logs
-            for part, training in modes.items():
-                part.training = training
+            self._heard = before
 
-    def end_evaluation(self) -> None:
-        """The end of a validation: its means are known."""
-        self.evaluation_logs.end_epoch()
+    def profiled(self, name: str, iterable: Iterable[Any]) -> Iterable[Any]:
+        """The same items, the time of getting each measured where there is a profiler."""
+        if self.profiler is None:
+            return iterable
+        return self._profiled_items(name, iterable)
 
-    def write_evaluation(self) -> dict[str, float]:
-        """Hand a validation's means to the loggers, with what hooks have logged at its end."""
-        self.evaluation_logs.end_epoch()
-        self._write(self.evaluation_logs.take_epoch())
-        return self.evaluation_logs.all_values()
+    def _profiled_items(self, name: str, iterable: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(iterable)
+        while True:
+            with self.profiled_as(name):
+                item = next(iterator, _END)
+            if item is _END:
+                return
+            yield item
 
-    # -- building ------------------------------------------------------------------------------
+    def profiled_as(self, name: str) -> Any:
+        """Around a part of the run whose time is measured, where there is a profiler."""
+        return nullcontext() if self.profiler is None else self.profiler.span(name)
 
-    def _bring_along(self, kind: type[Callback], enabled: bool) -> None:
+    # -- before a run --------------------------------------------------------------------------
+
+    def _bring_along(self, kind: type[Callback], enabled: object) -> None:
         """Add a callback of the trainer's own, unless the user has passed one of its class."""
-        if enabled and not any(isinstance(one, kind) for one in self.callbacks):
-            self.callbacks.append(kind())
+        if not isinstance(enabled, bool | None):
+            name = {ProgressBar: "progress_bar", ModelSummary: "model_summary"}
+            raise TypeError(
+                f"enable_{name.get(kind, 'checkpointing')} must be True or False, got {enabled!r}"
+            )
+        if enabled is not False and not any(isinstance(one, kind) for one in self.callbacks):
+            self._defaults.append(kind())
+            self.callbacks.append(self._defaults[-1])
+
+    def _refuse_to_run_twice(self, what: str) -> None:
+        if self.run_in_progress is not None:
+            raise RuntimeError(
+                f"this trainer is running already: {what} cannot be called from its hooks or "
+                "steps; use another Trainer there"
+            )
 
     def _check(self, module: object, *methods: str) -> None:
         """Refuse what cannot be run, before any work."""
@@ -427,251 +712,234 @@ class Trainer:
                 "does not call"
             )
         for method in methods:
-            if getattr(type(module), method) is getattr(LoopModule, method) and (
-                method not in vars(module)
-            ):
+            if not overridden(module, method):
                 raise TypeError(
-                    f"{type(module).__name__} defines no {method}; write\n\n" + _EXAMPLES[method]
+                    f"{type(module).__name__} defines no {method}; write\n\n"
+                    + arguments.EXAMPLES[method]
                 )
 
-    def _attach(self, module: LoopModule) -> None:
+    def _prepare(
+        self,
+        stage: str,
+        module: LoopModule | None,
+        dataloaders: Any,
+        datamodule: Any,
+        ckpt_path: Any,
+    ) -> tuple[LoopModule, Sources, snapshot.Found | None]:
+        """What an evaluation runs with."""
+        if module is None:
+            if self.module is None:
+                raise TypeError(f"trainer.{stage} needs a module: none was run before")
+            module = self.module
+            best = self.checkpoint_callback
+            if ckpt_path is None and best is not None and best.best_model_path:
+                ckpt_path = "best"
+            if dataloaders is None and datamodule is None:
+                datamodule = self.datamodule
+        needed = {"validate": ("validation_step",), "test": ("test_step",), "predict": ()}[stage]
+        self._check(module, *needed)
+        name = "val" if stage == "validate" else stage
+        sources = Sources.of(module, datamodule, **{name: dataloaders})
+        sources.refuse(name, stage)
+        self._refuse_to_run_twice(stage)
+        return module, sources, snapshot.read(self, ckpt_path)
+
+    def _evaluate(
+        self,
+        stage: Literal["validate", "test"],
+        module: LoopModule | None,
+        dataloaders: Any,
+        ckpt_path: Any,
+        verbose: bool,
+        datamodule: Any,
+    ) -> list[dict[str, float]]:
+        module, sources, state = self._prepare(stage, module, dataloaders, datamodule, ckpt_path)
+        name, limit = ("val", self.limit_val_batches)
+        if stage == "test":
+            name, limit = ("test", self.limit_test_batches)
+        self._attach(module, sources.datamodule)
+        with running(self, module, stage, sources.datamodule):
+            loop = EvaluateLoop(self._several(sources, name, limit), stage)
+            snapshot.load_weights(module, state)
+            self.strategy.place(module, self.precision.dtype)
+            self.loop = loop
+            found = loop.run(self, module)
+        if verbose and any(isinstance(one, ProgressBar) for one in self.callbacks):
+            print_results(stage, found)
+        return found
+
+    # -- a run ---------------------------------------------------------------------------------
+
+    def _attach(self, module: LoopModule, datamodule: DataModule | None = None) -> None:
         if self.module is not module:
             self.module = module
-            self._training = self._stepper = None
-            self.optimizers = {}
-        self._evaluating = None
-        self.evaluation_logs = Logs()
+            self.training = None
+        self.datamodule = datamodule
+        self.evaluation.forget()
+        self.seed_run(torch.initial_seed() if self.seed is None else self.seed)
         module.trainer = self
+        self._bring(arguments.callbacks(module.configure_callbacks()))
         self.call = HookCaller(self, module, self.callbacks, self._hear)
 
-    @contextmanager
-    def _running(self, module: LoopModule, stage: str) -> Iterator[None]:
-        """Around a run: seed and settings, exceptions told to callbacks, everything put back."""
-        if self._sessions is not None:
-            raise RuntimeError(
-                f"this trainer is running already: {stage} cannot be called from its hooks or "
-                "steps; use another Trainer there"
-            )
-        self._attach(module)
-        with ExitStack() as stack:
-            stack.enter_context(self.strategy.session())
-            if self.seed is not None:
-                torch.manual_seed(self.seed)
-            if self.deterministic:
-                stack.enter_context(_deterministic())
-            self._sessions = stack
-            stack.callback(setattr, self, "_sessions", None)
-            try:
-                self.call("setup", stage)
-                yield
-            except BaseException as error:
-                for hook in self.call.hooks("on_exception", 1):
-                    _despite(error, partial(hook, error))
-                self._wind_up(stage, error)
-                raise
-            self._wind_up(stage, None)
+    def _bring(self, callbacks: list[Callback]) -> None:
+        """Take in a module's callbacks, in place of those of the module before.
 
-    def _wind_up(self, stage: str, error: BaseException | None) -> None:
-        """Tear down everything, whatever a part of it raises: the first error is the one raised."""
-        status = "finished" if error is None else "failed"
-        hooks = [partial(hook, stage) for hook in self.call.hooks("teardown", 1)]
-        for task in [*hooks, *(partial(one.finalize, status) for one in self.loggers)]:
-            if error is not None:
-                _despite(error, task)
-                continue
-            try:
-                task()
-            except Exception as raised:
-                error = raised
-        if error is not None and status == "finished":
-            raise error
+        They replace the trainer's own of the same kind, not those that the user passed.
+        """
+        kept = [one for one in self.callbacks if all(one is not other for other in self._brought)]
+        replaced = tuple(type(one) for one in callbacks)
+        self.callbacks = [
+            one
+            for one in kept
+            if not (any(one is own for own in self._defaults) and isinstance(one, replaced))
+        ]
+        self.callbacks += callbacks
+        self._brought = callbacks
 
-    def _start_training(self, module: LoopModule) -> None:
-        """New counters, logs and optimizers; the weights stay."""
-        self.global_step = 0
-        self.should_stop = False
-        self.samples_seen = 0
-        self.logs = self._current_logs = Logs()
-        self.fit_loop = self.validate_loop = None
-        self._monitors.clear()
-        self._epoch_updates.clear()
-        self._epoch_steps = 0
-        self._samples_per_batch = None
-        self.strategy.place(module, self.precision.dtype)
-        self.optimizers = read_optimizers(module.configure_optimizers(), module)
-        for one in self.optimizers.values():
-            _refuse_closure(one)
-            if one.gradient_clip_val is None:
-                one.gradient_clip_val = self.gradient_clip_val
-            if one.gradient_clip_val == math.inf:
-                one.gradient_clip_val = None
-            if one.gradient_clip_algorithm is None:
-                one.gradient_clip_algorithm = self.gradient_clip_algorithm
-        self._stepper = Stepper(
-            module,
-            self.optimizers,
-            self.precision,
-            self.strategy.device,
-            self.strategy.optimizer_step,
-            self,
-            self.on_nonfinite,
+    def _begin(self, module: LoopModule, loop: Loop, state: snapshot.Found | None) -> None:
+        """Optimizers and counters of a training, and the state that it goes on from."""
+        self.loop = loop
+        if not loop.trains:
+            snapshot.load_weights(module, state)
+            self.strategy.place(module, self.precision.dtype)
+            return
+        self.fit_loop = loop if isinstance(loop, FitLoop) else None
+        self.history.begin()
+        self.restart(module)
+        for one in (module, self.datamodule):
+            if one is not None and one.hparams:
+                checkpoint.refuse_hyperparameters(one.hparams)
+                if not vars(one).get("_log_hparams", True):
+                    continue
+                for logger in self.loggers:
+                    logger.log_hyperparams(dict(one.hparams))
+        if state is not None:
+            snapshot.restore(self, *state)
+
+    def _fit_loop(self, module: LoopModule, sources: Sources) -> FitLoop:
+        limits = self.limits
+        # With a limit of steps one epoch may be all there is: an endless stream will do then.
+        epochs = math.inf if limits.max_epochs is None else limits.max_epochs
+        if limits.max_steps is not None or limits.max_time is not None:
+            epochs = 1
+        sequential = bool(self.overfit_batches)
+
+        def training() -> Batches:
+            name, limit = "train_dataloaders", self.limit_train_batches
+            return Batches(sources.loader("train"), name, limit, epochs, sequential)
+
+        def validating() -> list[Batches]:
+            return self._several(sources, "val", self.limit_val_batches, epochs)
+
+        validate = None
+        if self.limit_val_batches != 0 and self._validates(module, sources):
+            validate = EvaluateLoop(validating())
+        train = TrainEpochLoop(
+            training(),
+            validate,
+            val_check_interval=self.val_check_interval,
+            check_val_every_n_epoch=self.check_val_every_n_epoch,
         )
-        body = Body.method(module, "training_step", training=True)
-        self._training = self._driver(module, body, self._stepper)
-        if not module.training:  # else parts in evaluation mode, a frozen teacher say, stay in it
-            module.train()
 
-    def _driver(self, module: LoopModule, body: Body, stepper: Stepper | None) -> Lockstep:
-        seed = torch.initial_seed() if self.seed is None else self.seed
+        def reload() -> None:
+            train.reload(training(), validating() if validate is not None else [])
+            self.num_training_batches = train.batches.number
+
+        self.num_training_batches = train.batches.number
+        once = (
+            any(isinstance(one.loader, Iterator) for one in validate.loaders) if validate else False
+        )
+        return FitLoop(
+            train,
+            Limits(
+                limits.max_epochs,
+                limits.max_steps,
+                limits.min_epochs,
+                limits.min_steps,
+                limits.max_time,
+            ),
+            # What can be iterated only once is not spent on a trial.
+            sanity_batches=0 if once else self.num_sanity_val_steps,
+            reload=reload,
+            reload_every=self.reload_dataloaders_every_n_epochs,
+        )
+
+    def _validates(self, module: LoopModule, sources: Sources) -> bool:
+        if sources.given.get("val") is not None:
+            self._check(module, "validation_step")
+            return True
+        if not sources.has("val"):
+            return False
+        if overridden(module, "validation_step"):
+            return True
+        warnings.warn(
+            f"there is a val_dataloader, and {type(module).__name__} has no validation_step: "
+            "nothing is validated",
+            stacklevel=4,
+        )
+        return False
+
+    def _several(
+        self, sources: Sources, stage: str, limit: int | float | None, epochs: float = 1
+    ) -> list[Batches]:
+        name = "val_dataloaders" if stage == "val" else f"{stage}_dataloaders"
+        return [Batches(one, name, limit, epochs) for one in sources.loaders(stage)]
+
+    def seed_run(self, seed: int) -> None:
+        """Let all random draws of the run follow from this seed from now on."""
+        self.run_seed = seed
+        if self.training is not None:
+            self.training.driver.seed_anew(seed)
+
+    def driver(self, module: LoopModule, body: Body, stepper: Stepper | None) -> Lockstep:
+        """What runs steps of this module, with the trainer's settings, until the run is over."""
         driver = Lockstep(
-            module, self.strategy, body, self.precision, stepper, self.microbatch_size, seed
+            module,
+            self.strategy,
+            body,
+            self.precision,
+            stepper,
+            self.microbatch_size,
+            self.run_seed,
         )
-        if self._sessions is not None:
-            self._sessions.enter_context(driver.session())
+        if self.run_in_progress is not None:
+            self.run_in_progress.sessions.enter_context(driver.session())
         return driver
 
-    def _evaluation(self, module: LoopModule, batches: Batches) -> EvaluateLoop:
-        self.num_val_batches = batches.number
-        self.validate_loop = EvaluateLoop(self, module, batches)
-        return self.validate_loop
+    # -- logging -------------------------------------------------------------------------------
 
-    # -- counting and logging ------------------------------------------------------------------
+    def write_step(self) -> None:
+        """Hand the last step's values to the loggers; the history also gets what moves training."""
+        values, images = self.logs.step_values(), self.logs.take_images()
+        self.write(values, images)
+        training = self.training
+        assert training is not None
+        own: dict[str, float] = {f"grad_norm/{n}": float(v) for n, v in training.norms.items()}
+        for name, one in training.optimizers.items():
+            for i, group in enumerate(one.optimizer.param_groups):
+                if "lr" in group:
+                    own[f"lr/{name}" if i == 0 else f"lr/{name}/{i}"] = float(group["lr"])
+        if training.samples_seen is not None:
+            own["samples_per_second"] = training.rate()
+        self.history.log_metrics({"epoch": self.current_epoch, **own}, self.global_step)
 
-    def _count_samples(self, shards: Sequence[Shard], batches: Sequence[Any]) -> None:
-        """For samples per second; the size of batches that nobody cut is asked once at most."""
-        assert self.samples_seen is not None and self.module is not None
-        sizes = [shard.known_samples for shard in shards]
-        if None in sizes:
-            sizes = [self._samples_per_batch] * len(batches)
-        if None in sizes:
-            if not any(isinstance(one, ProgressBar) for one in self.callbacks):
-                self.samples_seen = None
-                return
-            try:
-                sizes = [batch_size(self.module, batch) for batch in batches]
-            except Exception:  # no step needs the size, so the module need not tell it
-                self.samples_seen = None
-                return
-            self._samples_per_batch = sizes[0]
-        self.samples_seen += sum(size for size in sizes if size is not None)
-
-    def _write(self, values: dict[str, float]) -> None:
+    def write(self, values: dict[str, float], images: dict[str, Any] | None = None) -> None:
+        """Hand numbers and pictures to the loggers and the history."""
         if values:
-            for logger in self.loggers:
-                logger.log_metrics({"epoch": self.current_epoch, **values}, self.global_step)
+            row = {"epoch": self.current_epoch, **values}
+            for logger in (*self.loggers, self.history):
+                logger.log_metrics(row, self.global_step)
+        for name, image in (images or {}).items():
+            for logger in (*self.loggers, self.history):
+                logger.log_image(name, image, self.global_step)
 
     def _hear(self, logs: dict[str, Logged]) -> None:
         """After hooks: take what they have logged."""
-        self._current_logs.add_hook(logs)
-
-    def _warn_of_idle(self) -> None:
-        """Warn of optimizers that no step of the epoch has updated."""
-        stepper = self._stepper
-        assert stepper is not None
-        idle = [n for n, updates in stepper.updates.items() if updates == self._epoch_updates[n]]
-        if self._epoch_steps and len(idle) == len(stepper.updates):
-            warnings.warn(
-                f"none of the {self._epoch_steps} steps of epoch {self.current_epoch} updated "
-                "anything: training_step returned None, or ended without a yield, each time"
-                + _left_out(stepper.left_out.total()),
-                stacklevel=3,
-            )
-        elif self._epoch_steps:
-            for name in idle:
-                warnings.warn(
-                    f"optimizer {name!r} was never updated in epoch {self.current_epoch}: no "
-                    f"step yielded {{{name!r}: loss}}" + _left_out(stepper.left_out[name]),
-                    stacklevel=3,
-                )
-        self._epoch_updates = Counter(stepper.updates)
-        self._epoch_steps = 0
-        stepper.left_out.clear()
-
-    # -- an optimizer's step -------------------------------------------------------------------
-
-    def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
-        """Hooks before an optimizer's step; the stepper calls it."""
-        self.call("on_before_optimizer_step", optimizer, name)
-
-    def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
-        """Schedulers that count updates, and hooks after a step; the stepper calls it."""
-        for schedule in self.optimizers[name].schedulers:
-            if schedule.interval == "step" and schedule.due(self.updates[name]):
-                if schedule.monitor is None:
-                    schedule.scheduler.step()
-                else:  # what this step logs is known at its end
-                    self._monitors.append((name, schedule))
-        self.call("on_after_optimizer_step", optimizer, name)
-
-    def _step_monitors(self) -> None:
-        """At the end of a step: schedulers that count updates and look at a logged value."""
-        waiting, self._monitors = self._monitors, []
-        for name, schedule in waiting:
-            self._step_schedule(name, schedule)
-
-    def _step_schedule(self, name: str, schedule: Schedule) -> None:
-        if schedule.monitor is None:
-            schedule.scheduler.step()
-            return
-        known = self.callback_metrics
-        if schedule.monitor in known:
-            schedule.scheduler.step(known[schedule.monitor])
-            return
-        message = (
-            f"the scheduler of optimizer {name!r} monitors {schedule.monitor!r}, which was never "
-            f"logged; logged are {sorted(known)}"
-        )
-        if schedule.strict:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
+        self._heard.add_hook(logs)
 
 
-def _refuse_closure(one: NamedOptimizer) -> None:
-    """Refuse an optimizer that evaluates the loss itself, such as `torch.optim.LBFGS`."""
-    step = one.optimizer.step
-    closure = inspect.signature(step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        kind = type(one.optimizer).__name__
-        raise TypeError(
-            f"optimizer {one.name!r} is {kind}, whose step(closure) evaluates the loss several "
-            "times, while a step of training evaluates it once: give configure_optimizers an "
-            "optimizer whose step() needs no closure, such as SGD or Adam"
-        )
+_END = object()
 
 
-def _despite(error: BaseException, task: Callable[[], Any]) -> None:
-    """Run what has to be done after an error; an error of its own must not hide the first."""
-    try:
-        task()
-    except Exception as other:
-        error.add_note(f"then {other!r} was raised as well")
-
-
-def _left_out(count: int) -> str:
-    return f", or its gradients were not finite ({count} times)" if count else ""
-
-
-_EXAMPLES = {
-    "training_step": """    def training_step(self, batch):
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
-""",
-    "configure_optimizers": """    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
-""",
-    "validation_step": """    def validation_step(self, batch):
-        x, y = batch
-        self.log("val_loss", F.cross_entropy(self.net(x), y))
-""",
-}
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+def _tensors(values: dict[str, float]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

@@ -29,8 +29,10 @@ def test_f1_unknown_argument() -> None:
     words = ("no argument 'acumulate_grad_batches'", "did you mean 'accumulate_grad_batches'?")
     with surfaces(TypeError, *words):
         Trainer(acumulate_grad_batches=2)
-    with surfaces(TypeError, "no argument 'gpus'", "known are strategy, precision, max_epochs"):
+    with surfaces(TypeError, "no argument 'gpus'", "write accelerator='gpu'"):
         Trainer(gpus=2)
+    with surfaces(TypeError, "no argument 'zzz'", "known are strategy, accelerator, devices"):
+        Trainer(zzz=2)
 
 
 def test_f2_unknown_strategy_or_precision() -> None:
@@ -60,12 +62,12 @@ def test_f2_unknown_strategy_or_precision() -> None:
         (TypeError, "max_steps", 1.5, "a whole number"),
         (ValueError, "microbatch_size", 0, "at least 1"),
         (ValueError, "limit_train_batches", 1.5, "a fraction must be above 0 and at most 1.0"),
-        (ValueError, "limit_val_batches", 0, "leave val_dataloaders out"),
+        (ValueError, "limit_val_batches", -1, "at least 0 batches"),
         (ValueError, "log_every_n_steps", 0, "at least 1"),
         (ValueError, "seed", -1, "at least 0"),
         (ValueError, "on_nonfinite", "stop", "'raise', 'skip' or 'ignore'"),
-        (TypeError, "deterministic", "warn", "True or False"),
-        (TypeError, "enable_progress_bar", None, "True or False"),
+        (ValueError, "deterministic", "wanr", "True, False or 'warn'"),
+        (TypeError, "enable_progress_bar", "no", "True or False"),
         (TypeError, "enable_model_summary", 0, "True or False"),
         (TypeError, "enable_checkpointing", "last", "True or False"),
         (TypeError, "logger", 3, "True, False or loggers"),

@@ -1,6 +1,10 @@
-"""F10 to F16b: batches, their samples, and how they are cut."""
+"""F10 to F18: loaders, batches, their samples, and how they are cut."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import time
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -9,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from composefit import LoopModule, SingleDevice, Strategy, ThreadDataParallel, tree
+from composefit.data import Batches
 from tests.faults.fault import surfaces
 from tests.lockstep.steps import (
     data,
@@ -53,8 +59,10 @@ def test_f10_empty_loader(loader: Any) -> None:
     with surfaces(ValueError, "val_dataloaders gave no batch at all", "drop_last=True"):
         type(net).validation_step = squares
         trainer().validate(net, loader)
-    with surfaces(TypeError, "train_dataloaders must be an iterable of batches", "got NoneType"):
+    with surfaces(TypeError, "trainer.fit needs a loader", "define train_dataloader"):
         trainer().fit(net, None)
+    with surfaces(TypeError, "train_dataloaders must be an iterable of batches", "got int"):
+        trainer().fit(net, 3)
 
 
 def test_f11_one_shot_iterator_for_several_epochs() -> None:
@@ -396,3 +404,157 @@ def test_f16b_default_collates_list_is_structure(
     trainer(strategy()).step(net, [batch])
     assert sum(shape[0] for shape in found) == samples
     assert all(len(shape) == 3 and shape[0] == shape[2] for shape in found)
+
+
+# -- F17, F18: loaders that raise, die or hang ---------------------------------------------------
+
+
+class Faulty(Dataset[Tensor]):
+    """Ten samples; loading sample 7 is faulty."""
+
+    def __init__(self, fault: Callable[[], object]) -> None:
+        self.fault = fault
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i == 7:
+            self.fault()
+        return data(3, seed=i)
+
+    def __len__(self) -> int:
+        return 10
+
+
+class FaultyStream(IterableDataset[Tensor], Faulty):
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(10))
+
+
+def corrupt() -> None:
+    raise OSError("sample 7 is corrupt")
+
+
+def missing() -> None:
+    {}["name of a file"]
+
+
+def exhausted() -> None:
+    next(iter(()))
+
+
+# torchdata 0.11 as it is made.
+stateful = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+
+
+def fetch(loader: Any, epochs: int = 1) -> list[Any]:
+    """Batches that were given before the fault."""
+    batches, found = Batches(loader, "train_dataloaders", epochs=epochs), []
+    for epoch in range(epochs):
+        for batch in batches.epoch(epoch):
+            found.append(batch)
+            batches.mark()
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_f17_the_dataset_raises(workers: int) -> None:
+    words = ["sample 7 is corrupt", "train_dataloaders loaded sample 7 for batch 3 of epoch 0"]
+    loader = DataLoader(Faulty(corrupt), batch_size=2, num_workers=workers)
+    with surfaces(OSError, *words, *["in worker 1"] * (workers > 0)) as found:
+        fetch(loader)
+    if not workers:
+        assert found.line == 'raise OSError("sample 7 is corrupt")'
+        assert "worker" not in found.notes
+    assert 'raise OSError("sample 7 is corrupt")' in found.text + found.line
+    assert not multiprocessing.active_children()
+
+
+def test_f17_without_batches_and_in_a_dict() -> None:
+    loaders = {"a": [1] * 10, "b": DataLoader(Faulty(missing), batch_size=None, num_workers=1)}
+    with surfaces(KeyError, "train_dataloaders['b'] loaded sample 7 for batch 7", "in worker 0"):
+        fetch(loaders)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_f17_a_stream_raises(workers: int) -> None:
+    words = ["sample 7 of the stream for batch 2 of epoch 0", *["in worker 0"] * workers]
+    with surfaces(OSError, "sample 7 is corrupt", *words):
+        fetch(DataLoader(FaultyStream(corrupt), batch_size=3, num_workers=workers))
+
+
+@stateful
+@pytest.mark.parametrize("workers", [0, 1])
+def test_f17_a_loader_with_a_state_raises(workers: int) -> None:
+    words = ["sample 7 is corrupt", "train_dataloaders loaded batch 3 of epoch 0"]
+    with surfaces(OSError, *words, *["in worker 0"] * workers):
+        fetch(StatefulDataLoader(Faulty(corrupt), batch_size=2, num_workers=workers))
+
+
+def test_f17_collate_and_sampler_raise() -> None:
+    class Sampler(list[list[int]]):
+        def __iter__(self) -> Iterator[list[int]]:
+            yield from super().__iter__()
+            raise OSError("no more")
+
+    for workers in (0, 2):
+        # Workers are asked for all of them at once, but the batches before the fault come first.
+        loader = DataLoader(range(9), batch_sampler=Sampler([[0], [1]]), num_workers=workers)
+        found: list[Tensor] = []
+        with surfaces(OSError, "no more", "train_dataloaders loaded batch 2 of epoch 0"):
+            found.extend(Batches(loader, "train_dataloaders").epoch(0))
+        assert [int(batch) for batch in found] == [0, 1]
+    with surfaces(OSError, "corrupt", "train_dataloaders loaded batch 0 of epoch 0") as caught:
+        fetch(DataLoader(range(9), collate_fn=lambda _: corrupt()))
+    assert "loaded sample" not in caught.notes
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_f17_stop_iteration_in_the_dataset_does_not_end_the_epoch(workers: int) -> None:
+    words = ("the dataset raised StopIteration", "sample 7 for batch 7 of epoch 0")
+    with surfaces(RuntimeError, *words):
+        fetch(DataLoader(Faulty(exhausted), num_workers=workers))
+
+
+def test_f17_the_batch_that_raised_comes_again() -> None:
+    faults = [corrupt]
+    dataset = Faulty(lambda: faults.pop()() if faults else None)  # mended after the first time
+    loader = DataLoader(dataset, batch_size=2)
+    batches, found = Batches(loader, "train_dataloaders"), []
+    with surfaces(OSError, "corrupt"):
+        for batch in batches.epoch(0):
+            found.append(batch)
+            batches.mark()
+    resumed = Batches(loader, "train_dataloaders")
+    resumed.load_state_dict(batches.state_dict())
+    found.extend(resumed.epoch(0))
+    assert torch.equal(torch.cat(found), torch.stack([data(3, seed=i) for i in range(10)]))
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@stateful
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (kill, ("was killed by signal 9 (SIGKILL)", "memory")),
+        (lambda: os._exit(3), ("exited with code 3",)),
+    ],
+    ids=["killed", "exits"],
+)
+def test_f18_a_worker_dies(fault: Callable[[], None], words: Any, kind: Any) -> None:
+    pids = ("a worker of train_dataloaders died", "of epoch 0: pid ", "the last checkpoint holds")
+    with surfaces(RuntimeError, *pids, *words):
+        fetch(kind(Faulty(fault), batch_size=2, num_workers=1))
+    assert not multiprocessing.active_children()
+
+
+def test_f18_a_worker_hangs() -> None:
+    loader = DataLoader(
+        Faulty(lambda: time.sleep(2)), batch_size=2, num_workers=1, timeout=0.3, prefetch_factor=1
+    )
+    words = ("batch 3 of epoch 0 within its timeout of 0.3 seconds", "0: pid ", "checkpoint holds")
+    with surfaces(RuntimeError, "train_dataloaders gave no", *words):
+        fetch(loader)
+    assert not multiprocessing.active_children()

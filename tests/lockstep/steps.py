@@ -68,7 +68,7 @@ def trainer(strategy: Strategy | None = None, **options: Any) -> Trainer:
     """A trainer that prints and writes nothing."""
     return Trainer(
         strategy=strategy or SingleDevice("cpu"),
-        **{"max_epochs": 1, "seed": 0, **options},
+        **{"max_epochs": 1, "seed": 0, "num_sanity_val_steps": 0, **options},
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,

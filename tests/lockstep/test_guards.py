@@ -280,6 +280,7 @@ def test_the_callers_modes_are_those_of_every_shard(
     run.step(module(step, net=nn.Linear(3, 2)), [torch.ones(6, 3)])
     assert seen == {(0, (False, torch.bfloat16), "cpu")}
     seen.clear()
+    threads.clear()
     with Counting(), torch.autocast("cpu", torch.float16), torch.device("meta"):
         run.step(run.module, [torch.ones(6, 3, device="cpu")])
     assert seen == {(1, (True, torch.float16), "meta")}

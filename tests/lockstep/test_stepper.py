@@ -172,7 +172,7 @@ def test_an_infinite_float16_gradient_skips_all_names_of_its_update(shards: int)
     after = weights(net)
     assert all(map(torch.equal, after[:4], before[:4]))
     assert not any(map(torch.equal, after[4:], before[4:]))
-    stepper = run._stepper
+    stepper = run.training.stepper
     assert stepper is not None
     scales = {name: scale.value.item() for name, scale in stepper.scales.items()}
     assert scales == {"a": 2.0**15, "b": 2.0**15, "c": 2.0**16}

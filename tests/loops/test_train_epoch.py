@@ -146,18 +146,19 @@ def test_a_callback_stops_the_epoch_after_its_step() -> None:
 
     run = trainer(callbacks=Stop(), max_epochs=5)
     run.fit(module(lambda self, x: self.net(x).mean()), numbered(9))
-    assert (run.global_step, run.current_epoch) == (2, 1)
+    assert (run.global_step, run.current_epoch) == (2, 0)  # the first epoch is not over
 
 
 def test_its_state_is_the_batches_taken() -> None:
     run = trainer(max_steps=2, accumulate_grad_batches=2)
-    run.fit(module(lambda self, x: self.net(x).mean()), [data(4, 3)] * 9)
+    batches = [data(4, 3)] * 9
+    run.fit(module(lambda self, x: self.net(x).mean()), batches)
     assert run.fit_loop is not None
     state = run.fit_loop.train.state_dict()
-    assert state == {"batch_idx": 4}
-    other = TrainEpochLoop(run, run.module, run.fit_loop.train.batches, 2, 9)  # type: ignore[arg-type]
+    assert (state["epoch"], state["batch_idx"]) == (0, 4)
+    other = TrainEpochLoop(batches)
     other.load_state_dict(state)
-    assert other.batch_idx == 4
+    assert (other.epoch, other.batch_idx) == (0, 4)
 
 
 @pytest.mark.parametrize("error", [StopIteration, KeyError])

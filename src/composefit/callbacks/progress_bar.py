@@ -53,6 +53,8 @@ class ProgressBar(Callback):
         ValueError: If an interval is not positive.
     """
 
+    counts_samples = True
+
     def __init__(
         self,
         interval: float = 0.1,

@@ -95,7 +95,7 @@ class Watch(Callback):
             "frechet", self.history[-1].distance, prog_bar=True, on_step=False, on_epoch=True
         )
         for name, values in self.losses.items():
-            values.append(trainer.callback_metrics[name])
+            values.append(trainer.callback_metrics[name].item())
 
     @torch.no_grad()
     def _measure(self, module: GAN) -> None:

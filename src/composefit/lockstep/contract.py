@@ -46,18 +46,19 @@ class Body:
     """What runs in each shard: the user's step, and whether it trains.
 
     Attributes:
-        of: `of(module or replica)` gives the step, to be called with a batch and its index.
-        takes_index: whether it declares the index.
+        of: `of(module or replica)` gives the step.
+        takes: how many it declares of: batch, its index, the index of its loader.
         name: its name, for messages.
         training: gradients are on, and what it returns is a loss.
     """
 
     of: Callable[[nn.Module], Callable[..., Any]]
-    takes_index: bool
+    takes: int
     name: str
     training: bool
 
     @classmethod
     def method(cls, module: nn.Module, name: str, training: bool) -> Body:
         """The body that is a method of the module, `training_step` say."""
-        return cls(attrgetter(name), offered(getattr(module, name), 2) > 1, name, training)
+        takes = max(1, offered(getattr(module, name), 2 if training else 3))
+        return cls(attrgetter(name), takes, name, training)

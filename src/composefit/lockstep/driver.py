@@ -91,6 +91,8 @@ class Lockstep:
         self.is_loop = isinstance(module, LoopModule)
         self.has_helpers = has_helpers(module)
         self.number = 0
+        self.dataloader_idx = 0
+        self.log_suffix = ""  # where several loaders are evaluated
         self.history: list[tuple[str, Place]] = []
         self.losses: dict[str, Tensor] = {}
         self.shards: list[Shard] = []
@@ -229,6 +231,7 @@ class Lockstep:
         self.shards = [shard]
         shard.begin(0, part.batch, part.batch_idx, part.samples)
         shard.context.logs = {}
+        shard.context.suffix = self.log_suffix
         shard.random.begin(self.number, 0, None, None, self.dtype, self.device)
         if self.is_loop:
             state = self.owner.__dict__
@@ -255,6 +258,7 @@ class Lockstep:
             assert shard.replica is not None
             shard.replica.refresh()
             shard.context.logs = {}
+            shard.context.suffix = self.log_suffix
             shard.random.begin(self.number, start, start + size, world, self.dtype, self.device)
             assert isinstance(shard.draws, Stream)
             shard.draws.seed(hash_key(self._key, self.number, shard.index))

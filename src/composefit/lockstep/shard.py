@@ -109,10 +109,13 @@ class Shard:
                     value = self.generator.send(self.result)
                 else:
                     step = lock.body.of(self.module)
-                    if lock.body.takes_index:
+                    takes = lock.body.takes
+                    if takes == 1:
+                        value = step(self.batch)
+                    elif takes == 2:
                         value = step(self.batch, self.batch_idx)
                     else:
-                        value = step(self.batch)
+                        value = step(self.batch, self.batch_idx, lock.dataloader_idx)
                     if type(value) is Helper:
                         value = iter(value)
                     if type(value) is GeneratorType:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from composefit.lockstep import gradients
 from composefit.lockstep.gradients import Gradients
-from composefit.optimizers import NamedOptimizer
+from composefit.optimizers import NamedOptimizer, clip
 from composefit.precision import LossScale, Precision
 
 OnNonfinite = Literal["raise", "skip", "ignore"]
@@ -29,6 +29,9 @@ class Hooks(Protocol):
     def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
         """`.grad` holds the total gradients, unscaled, not yet clipped."""
 
+    def before_zero_grad(self, optimizer: Optimizer) -> None:
+        """The weights have changed, `.grad` is still there."""
+
     def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
         """The weights have changed."""
 
@@ -37,6 +40,9 @@ class NoHooks:
     """Nobody."""
 
     def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """Nothing."""
+
+    def before_zero_grad(self, optimizer: Optimizer) -> None:
         """Nothing."""
 
     def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
@@ -55,8 +61,10 @@ class Stepper:
         hooks: told before and after each.
         on_nonfinite: what to do with a NaN or infinite gradient: `"raise"` an error before
             anything steps, `"skip"` the update, or `"ignore"` it.
+        clipped: clips in place of `clip`: given optimizer, limit and algorithm.
 
     Attributes:
+        loss: the reduced loss of the optimizer that steps.
         updates: name -> how often it was updated.
         left_out: name -> how many of its updates were not finite and left out.
     """
@@ -70,6 +78,7 @@ class Stepper:
         step: Callable[[Optimizer], None],
         hooks: Hooks | None = None,
         on_nonfinite: OnNonfinite = "raise",
+        clipped: Callable[[Optimizer, float | None, str | None], None] | None = None,
     ) -> None:
         self.module = module
         self.optimizers = dict(optimizers)
@@ -79,6 +88,8 @@ class Stepper:
         self.step = step
         self.hooks = hooks or NoHooks()
         self.on_nonfinite = on_nonfinite
+        self.clipped = clipped
+        self.loss: Tensor | None = None
         self.updates = dict.fromkeys(self.optimizers, 0)
         self.left_out: Counter[str] = Counter()
         self.on_cpu = device.type == "cpu"
@@ -106,6 +117,7 @@ class Stepper:
             self.left_out.update(totals.keys())
             return False
         for name, (parameters, found) in totals.items():
+            self.loss = losses[name]
             self._apply(name, parameters, found)
         return True
 
@@ -119,12 +131,16 @@ class Stepper:
                     for hook in parameter._post_accumulate_grad_hooks.values():
                         hook(parameter)
             self.hooks.before_optimizer_step(optimizer, name)
-            if named.gradient_clip_val is not None:
-                _clip(parameters, named.gradient_clip_val, named.gradient_clip_algorithm)
+            limit, algorithm = named.gradient_clip_val, named.gradient_clip_algorithm
+            if self.clipped is not None:
+                self.clipped(optimizer, limit, algorithm)
+            elif limit is not None:
+                clip(parameters, limit, algorithm)
             changed = [p for p in parameters if p.grad is not None]
             self.step(optimizer)
             # Fused optimizers change weights without a trace: a stale graph must raise.
             torch.autograd.graph.increment_version(changed)
+            self.hooks.before_zero_grad(optimizer)
         finally:
             for parameter in parameters:
                 parameter.grad = None
@@ -245,10 +261,3 @@ class LateCheck:
                 "late, since the GPU was not waited for; a fused optimizer has left its weights "
                 "alone, another one has not)"
             )
-
-
-def _clip(parameters: list[Parameter], limit: float, algorithm: Any) -> None:
-    if algorithm == "value":
-        torch.nn.utils.clip_grad_value_(parameters, limit)
-    else:
-        torch.nn.utils.clip_grad_norm_(parameters, limit)

@@ -1,6 +1,8 @@
-"""Where logged numbers go."""
+"""Where logged numbers and pictures go."""
 
 from composefit.loggers.csv import CSVLogger
 from composefit.loggers.logger import Logger
+from composefit.loggers.tensorboard import TensorBoardLogger
+from composefit.loggers.wandb import WandbLogger
 
-__all__ = ["CSVLogger", "Logger"]
+__all__ = ["CSVLogger", "Logger", "TensorBoardLogger", "WandbLogger"]

@@ -5,45 +5,61 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from composefit.checkpoint import plain_name, replacing
-from composefit.loggers.logger import Logger
+from composefit.images import Image
+from composefit.loggers.logger import Logger, run_folder
 
 
 class CSVLogger(Logger):
     """Writes `metrics.csv`: a row per call, a column per metric.
 
     The columns are `step`, `epoch`, and the metrics in the order in which they first came; what a
-    row does not have is empty. A file that is there already is continued, as a resumed run needs.
-    A metric that comes later makes the file be written anew, in one piece. Names and text that a
-    spreadsheet would take for a formula get an apostrophe in front.
+    row does not have is empty. A file that is there already is continued; a resumed run first
+    removes the rows from after its checkpoint. A metric that comes later makes the file be written
+    anew, in one piece. Names and text that a spreadsheet would take for a formula get an
+    apostrophe in front.
 
     Args:
-        root: the folder; made when there is something to write.
-        name: the file in it.
+        save_dir: the folder of all runs; made when there is something to write.
+        name: a folder in it; `""` for none.
+        version: a folder in that one; `""` for none.
+        filename: the file in the last of these folders.
         flush_every: rows that are kept in memory before they are written together. Values are
             converted only then, so logging a tensor does not wait for its device.
 
     Raises:
-        TypeError: `name` is no str, or `flush_every` no int.
-        ValueError: `name` leads out of `root`, or `flush_every` is not at least 1.
+        TypeError: `name`, `version` or `filename` is no str, or `flush_every` no int.
+        ValueError: one of the names leads out of its folder, `flush_every` is not at least 1, or
+            the file that is there is none of this logger's.
     """
 
+    log_dir: Path
+
     def __init__(
-        self, root: str | os.PathLike[str], name: str = "metrics.csv", flush_every: int = 100
+        self,
+        save_dir: str | os.PathLike[str],
+        name: str = "",
+        version: str = "",
+        filename: str = "metrics.csv",
+        flush_every: int = 100,
     ) -> None:
         if not isinstance(flush_every, int) or isinstance(flush_every, bool):
             raise TypeError(f"flush_every must be an int, got {flush_every!r}")
         if flush_every < 1:
             raise ValueError(f"flush_every must be at least 1 (rows), got {flush_every}")
-        self.path = Path(root) / plain_name(name)
+        self.log_dir = run_folder(save_dir, name, version)
+        self.path = self.log_dir / plain_name(filename)
         self.flush_every = flush_every
         self._rows: list[dict[str, Any]] = []
         self._columns: list[str] | None = None  # of the file, once this logger has written it
+        self._resumed_at = math.inf  # a row of the file that has a later step is to go
         self._columns_there()  # a foreign file is refused now, not after hours of training
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -58,6 +74,17 @@ class CSVLogger(Logger):
         self._rows.append({"step": step, **metrics})
         if len(self._rows) >= self.flush_every:
             self.flush()
+
+    def log_image(self, name: str, image: Image, step: int) -> None:
+        """Write `images/<name>-<step>.png` beside the table.
+
+        What a file's name cannot have is written as in a URL: `critic%2Ffakes-100.png`.
+
+        Raises:
+            OSError: the file could not be written.
+        """
+        with replacing(self.log_dir / "images" / f"{quote(name, safe='')}-{step}.png") as file:
+            file.write(image.png())
 
     def log_hyperparams(self, params: dict[str, Any]) -> None:
         """Write the settings as JSON beside the table; what JSON does not have as its `repr`."""
@@ -87,7 +114,14 @@ class CSVLogger(Logger):
         else:
             self._write_anew(columns, rows)
             self._columns = columns
+            self._resumed_at = math.inf
         self._rows.clear()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the rows from after the checkpoint removed when the next ones are written."""
+        self._resumed_at = state["step"]
+        self._rows = [row for row in self._rows if row["step"] <= self._resumed_at]
+        self._columns = None  # so that the file is written anew
 
     def _append(self, data: bytes) -> None:
         # Unbuffered, so that after a failure nothing is left that closing would write.
@@ -116,18 +150,19 @@ class CSVLogger(Logger):
         if columns and columns[0] != "step":
             raise ValueError(
                 f"{self.path} is no table of metrics, its first column is {columns[0]!r}: give "
-                "CSVLogger another root or name"
+                "CSVLogger another folder or filename"
             )
         return columns
 
     def _rows_there(self) -> Iterator[dict[str, str]]:
+        """The file's whole rows, but for those from after the checkpoint of a resumed run."""
         if not self.path.exists():
             return
         with open(self.path, encoding="utf-8", newline="") as file:
             reader = csv.reader(_whole_lines(file))
             columns = next(reader, [])
             for row in reader:
-                if len(row) == len(columns):
+                if len(row) == len(columns) and int(row[0]) <= self._resumed_at:
                     yield dict(zip(columns, row, strict=True))
 
 

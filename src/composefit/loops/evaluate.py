@@ -1,60 +1,87 @@
-"""`EvaluateLoop`: one pass over a validation loader."""
+"""`EvaluateLoop`: one pass over the loaders of a validation or test."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from composefit.data import Batches
+from composefit.loops.loop import Loop
 
 if TYPE_CHECKING:
     from composefit.module import LoopModule
     from composefit.trainer import Trainer
 
 
-class EvaluateLoop:
-    """Runs `validation_step` over a loader, with the module in evaluation mode and no gradients.
+class EvaluateLoop(Loop):
+    """Runs `validation_step` over loaders, with the module in evaluation mode and no gradients.
 
         on_validation_start, on_validation_epoch_start
-        for each loader batch:
+        for each loader, for each of its batches:
             on_validation_batch_start
             trainer.evaluate(module, batch)
             on_validation_batch_end
         the means of what was logged
         on_validation_epoch_end, on_validation_end
 
+    The same for `test_step`, with `test` in the hooks' names.
+
     Args:
-        trainer: runs steps and hooks.
-        module: is evaluated.
-        batches: the loader.
+        loaders: one after another; a loader, or `Batches`, several in a list.
+        stage: `"validate"` or `"test"`.
     """
 
-    def __init__(self, trainer: Trainer, module: LoopModule, batches: Batches) -> None:
-        self.trainer = trainer
-        self.module = module
-        self.batches = batches
-        self.batch_idx = 0
+    trains = False
 
-    def run(self) -> dict[str, float]:
-        """One pass; the means of what was logged."""
-        trainer, module, call = self.trainer, self.module, self.trainer.call
-        self.batch_idx = 0
-        with trainer.evaluation(module):
-            call("on_validation_start")
-            call("on_validation_epoch_start")
-            for i, batch in enumerate(self.batches.epoch()):
-                call("on_validation_batch_start", batch, i)
-                outputs = trainer.evaluate(module, batch, i)
-                call("on_validation_batch_end", outputs, batch, i)
-                self.batch_idx = i + 1
-            trainer.end_evaluation()
-            call("on_validation_epoch_end")
-            call("on_validation_end")
-            return trainer.write_evaluation()
+    def __init__(self, loaders: Any, stage: Literal["validate", "test"] = "validate") -> None:
+        self.loaders = batches_of(loaders, "val_dataloaders")
+        self.stage = stage  # type: ignore[misc]
+        self.name = "validation" if stage == "validate" else "test"
 
-    def state_dict(self) -> dict[str, Any]:
-        """The loader batches done."""
-        return {"batch_idx": self.batch_idx}
+    def run(self, trainer: Trainer, module: LoopModule) -> list[dict[str, float]]:
+        """One pass.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.batch_idx = state["batch_idx"]
+        Returns:
+            For each loader, name -> mean over it of what was logged.
+        """
+        call, name = trainer.call, self.name
+        if name == "validation":
+            trainer.num_val_batches = [one.number for one in self.loaders]
+        collect = call.takes(f"on_{name}_epoch_end", 1)
+        collected: list[list[Any]] = [[] for _ in self.loaders]
+        with (
+            trainer.evaluation.running(module, name, self.loaders),
+            call.span(
+                f"on_{name}_start",
+                f"on_{name}_end",
+                settle=trainer.evaluation.write,
+                restores=True,
+            ),
+        ):
+            with call.span(
+                f"on_{name}_epoch_start", f"on_{name}_epoch_end", restores=True, outputs=True
+            ) as epoch:
+                for index, batches in enumerate(self.loaders):
+                    for i, batch in enumerate(trainer.evaluation.batches(batches)):
+                        with call.batch_span(name, [batch], i, index) as span:
+                            span.outputs = trainer.evaluate(module, batch, i, index)
+                        if collect:
+                            collected[index].append(span.outputs)
+                        trainer.between_steps()
+                trainer.evaluation.end()
+                epoch.outputs = collected[0] if len(collected) == 1 else collected
+            del collected, epoch
+        return trainer.evaluation.results()
+
+    def close(self) -> None:
+        """End the loaders' workers."""
+        for batches in self.loaders:
+            batches.close()
+
+
+def batches_of(loaders: Any, name: str) -> list[Batches]:
+    """Each loader as `Batches`."""
+    several: Sequence[Any] = loaders if isinstance(loaders, list) else [loaders]
+    if several and not all(isinstance(one, Batches) for one in several):
+        several = [loaders]
+    return [one if isinstance(one, Batches) else Batches(one, name) for one in several]

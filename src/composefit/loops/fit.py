@@ -2,73 +2,98 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from composefit.loops.evaluate import EvaluateLoop
+from composefit.loops.limits import Limits
+from composefit.loops.loop import Loop
 from composefit.loops.train_epoch import TrainEpochLoop
 
 if TYPE_CHECKING:
+    from composefit.module import LoopModule
     from composefit.trainer import Trainer
 
 
-class FitLoop:
+def _nothing() -> None:
+    """There are no other loaders."""
+
+
+class FitLoop(Loop):
     """Trains epoch after epoch.
 
-        on_fit_start, on_train_start
-        while epochs and steps are left:
-            train one epoch
-            validate, if there is something to validate with
-            step the schedulers that count epochs
-            on_train_epoch_end
+        on_fit_start
+        a few batches of validation, to see that it works
+        on_train_start
+        until the limits are reached:
+            train one epoch, with its validation
         on_train_end, on_fit_end
 
     Args:
-        trainer: runs steps and hooks.
-        max_epochs: how many epochs, or None for no limit.
-        train: the loop of one epoch.
-        validate: the loop of one validation, or None.
+        train: the loop of one epoch; it knows when to validate.
+        limits: when the fit is over; `max_epochs` stands for `Limits(max_epochs)`.
+        sanity_batches: so many batches of each validation loader at first; -1 for all.
+        reload: gives the epoch loop new loaders, before each `reload_every`-th epoch.
+        reload_every: epochs; 0 for never.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
-        max_epochs: int | None,
         train: TrainEpochLoop,
-        validate: EvaluateLoop | None,
+        limits: Limits | None = None,
+        *,
+        max_epochs: int | None = None,
+        sanity_batches: int = 0,
+        reload: Callable[[], None] = _nothing,
+        reload_every: int = 0,
     ) -> None:
-        self.trainer = trainer
-        self.max_epochs = max_epochs
         self.train = train
-        self.validate = validate
-        self.epoch = 0
-
-    def run(self) -> None:
-        """Run all epochs that are left."""
-        trainer = self.trainer
-        trainer.call("on_fit_start")
-        trainer.call("on_train_start")
-        while self.epochs_left > 0 and self.train.steps_left > 0 and not trainer.should_stop:
-            self.train.run()
-            if self.validate is not None:
-                self.validate.run()
-            trainer.end_epoch()
-            trainer.call("on_train_epoch_end")
-            trainer.write_epoch()
-            self.epoch += 1
-        trainer.call("on_train_end")
-        trainer.call("on_fit_end")
-        trainer.write_epoch()
+        self.limits = train.limits = limits or Limits(max_epochs=max_epochs)
+        self.sanity_batches = sanity_batches
+        self.reload = reload
+        self.reload_every = reload_every
 
     @property
-    def epochs_left(self) -> float:
-        """How many epochs are still to come."""
-        return float("inf") if self.max_epochs is None else self.max_epochs - self.epoch
+    def epoch(self) -> int:
+        """The epoch that runs, from 0."""
+        return self.train.epoch
+
+    def run(self, trainer: Trainer, module: LoopModule) -> None:
+        """Train until the limits are reached."""
+        call, limits, train = trainer.call, self.limits, self.train
+        trainer.fit_loop = self
+        limits.start()
+        with call.span("on_fit_start", "on_fit_end", settle=trainer.write_epoch):
+            self._check_validation(trainer, module)
+            if limits.reached(train.epoch, trainer.global_step, False) and train.epoch:
+                warnings.warn(
+                    f"nothing is left to train: the state is that of epoch {train.epoch}, step "
+                    f"{trainer.global_step}, and max_epochs={limits.max_epochs}, "
+                    f"max_steps={limits.max_steps}: raise them to go on",
+                    stacklevel=3,
+                )
+            with call.span("on_train_start", "on_train_end", settle=trainer.write_epoch):
+                while not limits.reached(train.epoch, trainer.global_step, trainer.should_stop):
+                    if self._reload_due():
+                        self.reload()
+                    train.run(trainer, module)
+
+    def _reload_due(self) -> bool:
+        epoch, every = self.train.epoch, self.reload_every
+        return every > 0 and epoch > 0 and epoch % every == 0 and not self.train.batch_idx
+
+    def _check_validation(self, trainer: Trainer, module: LoopModule) -> None:
+        train = self.train
+        if train.validate is None or not self.sanity_batches or train.epoch or train.batch_idx:
+            return
+        with trainer.evaluation.sanity_check(self.sanity_batches):
+            train.validate.run(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The epochs done, and the epoch loop's state."""
-        return {"epoch": self.epoch, "train": self.train.state_dict()}
+        """The epoch loop's state, and the seconds of training so far."""
+        return {**super().state_dict(), "seconds": self.limits.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
-        self.epoch = state["epoch"]
-        self.train.load_state_dict(state["train"])
+        super().load_state_dict(state)
+        self.limits.elapsed = state["seconds"]

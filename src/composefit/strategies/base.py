@@ -189,7 +189,7 @@ class _GradientJob:
         self.parameters: list[Parameter] = []
         self.found: tuple[Tensor, list[Tensor | None]] | None = None
         self.drew = False
-        body = Body(lambda part: partial(self._body, part), False, "loss_fn", training=True)
+        body = Body(lambda part: partial(self._body, part), 1, "loss_fn", training=True)
         self.driver = Lockstep(module, strategy, body, Precision.of("32"))
 
     def _body(self, module: nn.Module, shard: Any) -> Generator[Any, Any, None]:

@@ -1,29 +1,39 @@
-"""What `Trainer(strategy=...)` may be: a strategy, or its name."""
+"""What `Trainer(strategy=, accelerator=, devices=)` may be: a strategy, or words for one."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import torch
 
 from composefit.strategies.base import Strategy
 from composefit.strategies.single_device import SingleDevice
 from composefit.strategies.thread_data_parallel import ThreadDataParallel
 
-_NAMES: dict[str, type[SingleDevice | ThreadDataParallel]] = {
-    "auto": SingleDevice,
-    "single": SingleDevice,
-    "threads": ThreadDataParallel,
-}
+_NAMES = ("auto", "single", "threads")
+_ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
-def choose(strategy: object) -> Strategy:
+def choose(strategy: object, accelerator: object = "auto", devices: object = "auto") -> Strategy:
     """The strategy that a user asked for.
 
     Args:
-        strategy: a strategy, or `"auto"` (one device), `"single"`, `"threads"`.
+        strategy: a strategy, or `"single"` (one device), `"threads"` (data-parallel threads on a
+            CPU), or `"auto"`: threads where `devices` asks for several CPUs, else one device.
+        accelerator: `"cpu"`, `"gpu"`, `"cuda"`, `"mps"`, or `"auto"`: what there is.
+        devices: a number, -1 for all, `"auto"`, or a list of one index. On a CPU, threads.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, a device that is not here, or several where one is meant; the
+            message lists what can be.
         TypeError: neither a name nor a strategy.
     """
     if isinstance(strategy, Strategy):
+        if accelerator != "auto" or devices != "auto":
+            raise ValueError(
+                f"{type(strategy).__name__} says itself where it runs: leave accelerator and "
+                "devices out, or give strategy as a name"
+            )
         return strategy
     if not isinstance(strategy, str):
         hint = ""
@@ -35,4 +45,66 @@ def choose(strategy: object) -> Strategy:
             f"unknown strategy {strategy!r}: choose one of {', '.join(map(repr, _NAMES))}, or pass "
             "a Strategy such as ThreadDataParallel(threads=4)"
         )
-    return _NAMES[strategy]()
+    kind = _device_type(accelerator)
+    if kind == "cpu" or (kind == "auto" and strategy == "threads"):
+        return _on_cpu(strategy, _number(devices))
+    if strategy == "threads":
+        raise ValueError(f"strategy='threads' runs on a CPU: leave accelerator={accelerator!r} out")
+    if kind == "auto":
+        return SingleDevice() if devices == "auto" else _on(SingleDevice().device.type, devices)
+    return _on(kind, devices)
+
+
+def _on_cpu(strategy: str, number: int | None) -> Strategy:
+    if strategy == "threads":
+        return ThreadDataParallel(number)
+    if number is None or number == 1:
+        return SingleDevice("cpu")
+    if strategy == "single":
+        raise ValueError(f"strategy='single' is one device, got devices={number}: write 'threads'")
+    return ThreadDataParallel(number)
+
+
+def _on(kind: str, devices: object) -> Strategy:
+    if kind == "cpu":
+        return _on_cpu("auto", _number(devices))
+    indices = list(devices) if isinstance(devices, list | tuple) else None
+    if indices is not None and len(indices) == 1:
+        return SingleDevice(f"{kind}:{indices[0]}")
+    number = _number(devices) if indices is None else len(indices)
+    if number in (None, 1):
+        return SingleDevice(kind)
+    raise ValueError(
+        f"devices={devices!r}: one {kind} device can be used, write devices=1 or a list of one index"
+    )
+
+
+def _device_type(accelerator: object) -> str:
+    if accelerator not in _ACCELERATORS:
+        raise ValueError(
+            f"unknown accelerator {accelerator!r}: choose one of "
+            f"{', '.join(map(repr, _ACCELERATORS))}"
+        )
+    name = str(accelerator)
+    if name == "gpu":
+        name = "cuda" if torch.cuda.is_available() else "mps"
+    here: dict[str, Any] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in here and not here[name]():
+        raise ValueError(
+            f"accelerator={accelerator!r}, and this machine has none that torch can use: write "
+            "'auto' for whatever there is"
+        )
+    return name
+
+
+def _number(devices: object) -> int | None:
+    """How many; None for as many as there are, or as the strategy likes."""
+    if devices in ("auto", -1, "-1"):
+        return None
+    if isinstance(devices, str) and devices.isdecimal():
+        devices = int(devices)
+    if isinstance(devices, list | tuple):
+        devices = len(devices)
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise ValueError(f"devices must be 'auto', -1, a number from 1, or a list, got {devices!r}")
+    return devices

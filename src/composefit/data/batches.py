@@ -1,0 +1,219 @@
+"""`Batches`: what loops iterate over, epoch after epoch, from where a checkpoint left off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from composefit.data.generators import has_state
+from composefit.data.loaders import Loaders, as_loader, in_order, number_of_batches, one_shot
+from composefit.data.sources import Items, Iterated, OwnState, Several, Source, same_kind
+from composefit.data.torch_loaders import StatefulTorchLoader, TorchLoader
+
+
+class Batches:
+    """A loader's batches, epoch after epoch, guarding the fetching and only that.
+
+    A `StopIteration` ends the epoch only here, never when the user's step raises it.
+
+    The order of the samples and what is drawn while they are loaded (from the global generators of
+    torch, NumPy and `random`) are a function of `seed`, the epoch and the batch: the same with any
+    number of workers, and the same when an epoch is resumed in its middle. The process's own
+    global generators are as before after each fetch. By kind of loader, batches that were trained
+    on are passed over
+
+    - in a DataLoader over a map-style dataset by replaying its sampler, loading nothing; a
+      generator that the user gave to the loader or a sampler goes on from its state at the epoch's
+      start, and so does a sampler with `state_dict` and `load_state_dict`;
+    - in a DataLoader over an iterable dataset by loading them again, or if the dataset has
+      `state_dict` and `load_state_dict` and there are no workers, by its state;
+    - in torchdata's StatefulDataLoader, and any loader that has them, by the loader's state;
+    - in a list by the position, in any other iterable by iteration.
+
+    Args:
+        loader: an iterable of batches, such as a DataLoader, or a dict of such.
+        name: what the user knows it as, for messages.
+        limit: no more than this many batches an epoch, or as a float this fraction of them.
+        epochs: how many times it will be iterated over.
+        sequential: take the samples of a shuffling DataLoader in their order instead, so that a
+            limit means the same batches in every epoch. A random or weighted sampler gives way to
+            a sequential one, that of a random subset to the subset in its order, and any other
+            sampler or loader stays as it is.
+
+    Raises:
+        TypeError: it is no loader.
+        ValueError: a fraction of a number that nobody knows; a one-shot iterator for several
+            epochs.
+
+    Attributes:
+        number: batches an epoch; infinity where the loader does not say.
+        seed: of all that is drawn; to be set before the first epoch.
+        position: batches of this epoch that have been trained on, as of the last mark.
+
+    Example:
+        >>> batches = Batches([10, 11, 12], "train")
+        >>> for batch in batches.epoch(0):
+        ...     batches.mark()  # it has been trained on
+        ...     if batch == 11:
+        ...         break
+        >>> resumed = Batches([10, 11, 12], "train")
+        >>> resumed.load_state_dict(batches.state_dict())
+        >>> list(resumed.epoch(0))
+        [12]
+    """
+
+    def __init__(
+        self,
+        loader: object,
+        name: str,
+        limit: int | float | None = None,
+        epochs: float = 1,
+        sequential: bool = False,
+    ) -> None:
+        self.loader = as_loader(loader, name)
+        self.name = name
+        self.available = number_of_batches(self.loader)
+        self.number = _limited(self.available, name, limit)
+        # Without a limit the loader's end counts: what it says of its length may be an estimate.
+        no_limit = limit is None or self.number == math.inf
+        self._limit = None if no_limit else int(self.number)
+        if epochs > 1 and (once := one_shot(self.loader)) is not None:
+            raise ValueError(
+                f"{name} is a one-shot iterator ({type(once).__name__}), not "
+                "re-iterable: it would be empty from the second epoch on. Pass something that can "
+                "be iterated again, such as a DataLoader or a list"
+            )
+        self.seed = 0
+        self.position = 0
+        self._source = _source(in_order(self.loader) if sequential else self.loader, name)
+        self._epoch = -1
+        self._first = 0
+        self._fetched = 0
+        self._over = True
+        self._loaded = False
+
+    def epoch(self, number: int | None = None) -> Iterator[Any]:
+        """The batches of one epoch; of the one that was loaded, those that are left.
+
+        Args:
+            number: the epoch's, from 0; without it, the one after the last.
+
+        Raises:
+            ValueError: no batch at all: in the first epoch an empty loader, later one that cannot
+                be iterated twice. A state was loaded that does not go with what the sampler gives.
+            RuntimeError: a worker died or hangs.
+        """
+        number = self._epoch + 1 if number is None else number
+        skip = 0
+        if self._loaded and number == self._epoch:
+            if self._over:
+                return
+            skip = self.position
+        else:
+            self._first = number if self._epoch < 0 else self._first
+        self._loaded = False
+        self._epoch, self.position, self._fetched, self._over = number, skip, skip, False
+        batches = self._source.open(self.seed, number, skip)
+        left = None if self._limit is None else max(0, self._limit - skip)
+        try:
+            for batch in islice(batches, left):
+                self._fetched += 1
+                yield batch
+            self._over = True
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()
+            self._source.end()
+        if self._fetched:
+            return
+        if number > self._first:
+            raise ValueError(
+                f"{self.name} gave no batch in its epoch {number + 1}: it is not re-iterable. "
+                "Pass something that can be iterated again, such as a DataLoader or a list"
+            )
+        raise ValueError(
+            f"{self.name} gave no batch at all: is the dataset empty, or smaller than one batch "
+            "with drop_last=True?"
+        )
+
+    def mark(self) -> None:
+        """All batches given so far have been trained on: a state from now on resumes here."""
+        self.position = self._fetched
+        self._source.mark()
+
+    def close(self) -> None:
+        """End the workers, also those that stay from epoch to epoch."""
+        self._source.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as of the last mark, and all that is needed to go on from there.
+
+        Raises:
+            ValueError: a part of the state is in workers that nobody can ask.
+        """
+        over = self._over and self.position == self._fetched
+        return {
+            "kind": self._source.kind,
+            "batches": None if self.available == math.inf else self.available,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "position": self.position,
+            "over": over,
+            "source": self._source.state_dict(over),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state: `epoch` of its epoch gives what is left.
+
+        Raises:
+            ValueError: it was saved with another kind of loader, another number of batches, or
+                another number of samples.
+        """
+        same_kind(self.name, self._source, state["kind"])
+        available = None if self.available == math.inf else self.available
+        if state["batches"] != available:
+            raise ValueError(
+                f"{self.name} has {_said(available)} an epoch, but the state was saved with "
+                f"{_said(state['batches'])}: a run is resumed with the same data and batch size"
+            )
+        self._source.load_state_dict(state["source"], state["position"])
+        self.seed = state["seed"]
+        self._epoch = state["epoch"]
+        self.position = self._fetched = state["position"]
+        self._over = state["over"]
+        self._loaded = True
+
+
+def _source(loader: Iterable[Any], name: str) -> Source:
+    if isinstance(loader, Loaders):
+        return Several(
+            {key: _source(one, f"{name}[{key!r}]") for key, one in loader.loaders.items()}
+        )
+    if isinstance(loader, DataLoader):
+        return (StatefulTorchLoader if has_state(loader) else TorchLoader)(loader, name)
+    if has_state(loader):
+        return OwnState(loader)
+    if type(loader) in (list, tuple, range):
+        return Items(loader)  # type: ignore[arg-type]
+    return Iterated(loader)
+
+
+def _limited(available: float, name: str, limit: int | float | None) -> float:
+    if limit is None or isinstance(limit, int):
+        return available if limit is None else min(limit, available)
+    if limit == 1.0:
+        return available
+    if available == math.inf:
+        raise ValueError(
+            f"{name} does not say how many batches it has, so {limit} of them is no number: give "
+            "a whole number of batches"
+        )
+    return min(available, max(1, int(available * limit)))
+
+
+def _said(batches: float | None) -> str:
+    return "an unknown number of batches" if batches is None else f"{batches} batches"

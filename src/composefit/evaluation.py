@@ -1,0 +1,145 @@
+"""`Evaluation`: what validation, test and prediction have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from composefit import tree
+from composefit.data import Batches
+from composefit.lockstep.contract import Body
+from composefit.lockstep.driver import Lockstep
+from composefit.logs import Logs
+from composefit.module import LoopModule
+
+if TYPE_CHECKING:
+    from composefit.trainer import Trainer
+
+
+class Evaluation:
+    """The evaluations of a trainer: modes, drivers and logs.
+
+    Args:
+        trainer: whose settings it follows.
+
+    Attributes:
+        logs: what the evaluations since the last fit began have logged.
+        numbers: batches of each loader of the evaluation that runs.
+        sanity_checking: whether these are the validation batches before training.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.logs = Logs()
+        self.numbers: list[float] = []
+        self.sanity_checking = False
+        self._drivers: dict[str, Lockstep] = {}
+        self._name = "validation"
+        self._joins = True
+        self._at_most = -1  # batches of each loader; -1 for all
+
+    def forget(self) -> None:
+        """Other hooks, sessions or modules from now on."""
+        self._drivers.clear()
+
+    # -- what loops call -----------------------------------------------------------------------
+
+    @contextmanager
+    def running(
+        self, module: LoopModule, name: str, loaders: Sequence[Batches] = ()
+    ) -> Iterator[None]:
+        """Around an evaluation: no gradients, all parts in evaluation mode, logs of its own.
+
+        Args:
+            module: is evaluated.
+            name: `"validation"`, `"test"` or `"predict"`: whose step.
+            loaders: it runs over these.
+        """
+        trainer, call = self.trainer, self.trainer.call
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
+        self._name = name
+        numbers = [one.number for one in loaders]
+        if self._at_most >= 0:
+            numbers = [min(number, self._at_most) for number in numbers]
+        self.numbers = numbers
+        # What cannot be joined does no harm where nobody looks at it.
+        self._joins = (
+            name == "predict"
+            or call.anybody(f"on_{name}_batch_end", 4)
+            or call.takes(f"on_{name}_epoch_end", 1)
+        )
+        quiet = torch.inference_mode() if trainer.inference_mode else torch.no_grad()
+        try:
+            with quiet, trainer.hearing(self.logs), trainer.profiled_as(name):
+                yield
+        finally:
+            self._joins = True
+            for part, training in modes.items():
+                part.training = training
+
+    def step(self, module: LoopModule, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        """One evaluation step; see `Trainer.evaluate`."""
+        trainer, name = self.trainer, self._name
+        driver = self._drivers.get(name)
+        if driver is None or driver.owner is not module:
+            body = Body.method(module, f"{name}_step", training=False)
+            driver = self._drivers[name] = trainer.driver(module, body, None)
+        driver.dataloader_idx = dataloader_idx
+        several = len(self.numbers) > 1
+        driver.log_suffix = f"/dataloader_idx_{dataloader_idx}" if several else ""
+        shards = driver.step([batch], batch_idx, batch_idx)
+        self.logs.add(shards)
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0 and not self.sanity_checking:
+            trainer.write(self.logs.step_values())
+        outputs = [shard.output for shard in shards]
+        if len(outputs) == 1:
+            return outputs[0]
+        return tree.join(outputs) if self._joins else None
+
+    def batches(self, batches: Batches) -> Iterator[Any]:
+        """A loader's batches, the same at every evaluation; the first few in a sanity check."""
+        batches.seed = self.trainer.run_seed
+        for i, batch in enumerate(batches.epoch(0)):
+            yield batch
+            if i + 1 == self._at_most:
+                break
+
+    @contextmanager
+    def sanity_check(self, batches: int) -> Iterator[None]:
+        """Around a validation that only shows whether validation works: nothing of it is kept.
+
+        Args:
+            batches: of each loader; -1 for all.
+        """
+        self.sanity_checking, self._at_most = True, batches
+        try:
+            with self.trainer.call.span("on_sanity_check_start", "on_sanity_check_end"):
+                yield
+        finally:
+            self.sanity_checking, self._at_most = False, -1
+            self.logs = Logs()
+
+    def end(self) -> None:
+        """The last batch is done: the means are known."""
+        self.logs.end_epoch()
+
+    def write(self) -> None:
+        """Hand the means to the loggers, with what hooks have logged at the end."""
+        self.logs.end_epoch()
+        values, images = self.logs.take_epoch(), self.logs.take_images()
+        if not self.sanity_checking:
+            self.trainer.write(values, images)
+
+    def results(self) -> list[dict[str, float]]:
+        """For each loader, name -> value of what was logged over it."""
+        found: list[dict[str, float]] = [{} for _ in self.numbers]
+        for name, value in self.logs.all_values().items():
+            _, mark, index = name.rpartition("/dataloader_idx_")
+            own = [found[int(index)]] if mark and index.isdecimal() else found
+            for one in own:
+                one[name] = value
+        return found

@@ -1,0 +1,106 @@
+"""`running`: what surrounds every run of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from composefit.datamodule import DataModule
+from composefit.module import LoopModule
+from composefit.profilers import Profiler
+from composefit.settings import torch_settings
+from composefit.signals import Signals
+
+if TYPE_CHECKING:
+    from composefit.trainer import Trainer
+
+
+class Run:
+    """A run that goes on.
+
+    Attributes:
+        stage: `"fit"`, `"validate"`, `"test"` or `"predict"`.
+        signals: those that wait for a step boundary.
+        sessions: what is open until the run ends: workers, torch's settings.
+    """
+
+    def __init__(self, stage: str, signals: Signals, sessions: ExitStack) -> None:
+        self.stage = stage
+        self.signals = signals
+        self.sessions = sessions
+
+
+@contextmanager
+def running(
+    trainer: Trainer, module: LoopModule, stage: str, datamodule: DataModule | None
+) -> Iterator[None]:
+    """Around a run: settings, hooks and signals; everything is put back, whatever happens."""
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        stack.callback(setattr, trainer, "run_in_progress", None)
+        trainer.run_in_progress = Run(stage, signals, stack)
+        stack.enter_context(trainer.strategy.session())
+        if trainer.seed is not None:
+            torch.manual_seed(trainer.seed)
+        stack.enter_context(
+            torch_settings(trainer.deterministic, trainer.benchmark, trainer.detect_anomaly)
+        )
+        if trainer.profiler is not None:
+            trainer.profiler.start()
+            stack.callback(_finish, trainer.profiler)
+        try:
+            _set_up(trainer, module, stage, datamodule)
+            yield
+            if trainer.training is not None and stage == "fit":
+                trainer.training.stepper.finish()
+        except BaseException as error:
+            trainer.call.fail(error)
+            _wind_up(trainer, stage, error)
+            raise
+        _wind_up(trainer, stage, None)
+
+
+def _finish(profiler: Profiler) -> None:
+    profiler.stop()
+    print(profiler.summary())
+
+
+def _set_up(
+    trainer: Trainer, module: LoopModule, stage: str, datamodule: DataModule | None
+) -> None:
+    if datamodule is not None:
+        datamodule.trainer = trainer
+        datamodule.prepare_data()
+    module.prepare_data()
+    if datamodule is not None:
+        datamodule.setup(stage)
+    trainer.call("setup", stage)
+    module.configure_model()
+
+
+def _wind_up(trainer: Trainer, stage: str, error: BaseException | None) -> None:
+    """Tear down everything, whatever a part of it raises: the first error is the one raised."""
+    status = "finished" if error is None else "failed"
+    tasks: list[Callable[[], Any]] = []
+    if trainer.loop is not None:
+        tasks.append(trainer.loop.close)
+    tasks += trainer.call.separately("teardown", stage)
+    if trainer.datamodule is not None:
+        tasks.append(partial(trainer.datamodule.teardown, stage))
+    tasks += [partial(one.finalize, status) for one in trainer.loggers]
+    if stage == "fit":
+        tasks.append(partial(trainer.history.finalize, status))
+    for task in tasks:
+        try:
+            task()
+        except Exception as raised:
+            if error is None:
+                error = raised
+            else:
+                error.add_note(f"then {raised!r} was raised as well")
+    if error is not None and status == "finished":
+        raise error

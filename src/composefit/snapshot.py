@@ -1,0 +1,300 @@
+"""The state of a trainer as plain data, and back: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from composefit import checkpoint
+from composefit.callbacks import Callback, ModelCheckpoint
+from composefit.module import LoopModule
+from composefit.seeding import global_states, restore_global_states
+
+if TYPE_CHECKING:
+    from composefit.trainer import Trainer
+
+#: Where a checkpoint was found, and what is in it.
+Found: TypeAlias = tuple[Path, dict[str, Any]]
+
+
+def take(
+    trainer: Trainer, weights_only: bool = False, trainable_only: bool = False
+) -> dict[str, Any]:
+    """The state of a trainer, between two steps.
+
+    Args:
+        trainer: has a module.
+        weights_only: module and hyperparameters alone; no training can go on from it.
+        trainable_only: of the module only what is trained, and buffers.
+
+    Returns:
+        Plain data; its tensors are the module's and the optimizers' own.
+    """
+    module = trainer.module
+    assert module is not None
+    weights = module.state_dict()
+    if trainable_only:
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        weights = {name: value for name, value in weights.items() if name not in frozen}
+    state: dict[str, Any] = {
+        "composefit_checkpoint": checkpoint.FORMAT,
+        "versions": _versions(),
+        "module": weights,
+        "trainable_only": trainable_only,
+        "hyper_parameters": dict(module.hparams),
+        "hparams_name": module.hparams.given_as,
+        "global_step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "mid_step": trainer.mid_step,
+    }
+    training, loop = trainer.training, trainer.loop
+    if training is not None and not weights_only:
+        named = training.optimizers.items()
+        state |= {
+            "optimizers": {
+                name: {"class": type(one.optimizer).__qualname__, **one.optimizer.state_dict()}
+                for name, one in named
+            },
+            "schedulers": {
+                name: [_of_scheduler(s.scheduler) for s in one.schedulers] for name, one in named
+            },
+            "loss_scales": {n: scale.state_dict() for n, scale in training.stepper.scales.items()},
+            "updates": dict(training.stepper.updates),
+            "samples_seen": training.samples_seen,
+            "loop": {} if loop is None else {"class": type(loop).__name__, **loop.state_dict()},
+            "metrics": {name: _of_metric(metric) for name, metric in _metrics(module)},
+            "logs": trainer.logs.state_dict(module),
+            "evaluation_logs": trainer.evaluation.logs.state_dict(module),
+            "callbacks": {key: s for key, c in keyed(trainer.callbacks) if (s := c.state_dict())},
+            "loggers": [
+                {"step": trainer.global_step, **one.state_dict()} for one in trainer.loggers
+            ],
+            "history": trainer.history.state_dict(),
+            "data": {} if trainer.datamodule is None else trainer.datamodule.state_dict(),
+            "seed": trainer.run_seed,
+            "random": global_states(),
+        }
+    return state
+
+
+def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
+    """A checkpoint, read and verified.
+
+    Args:
+        trainer: whose checkpoint callbacks know what `"best"`, `"last"` and `"auto"` are.
+        ckpt_path: a file, or one of these; None for none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: it is damaged.
+        ValueError: it is none of a trainer's.
+    """
+    path = _find(trainer, ckpt_path)
+    if path is None:
+        return None
+    state = checkpoint.load(path)
+    checkpoint.of_trainer(state, path)
+    return path, state
+
+
+def _find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
+    if ckpt_path is None:
+        return None
+    if "://" in str(ckpt_path):
+        raise ValueError(f"ckpt_path={str(ckpt_path)!r} is no file here: download it first")
+    callbacks = trainer.checkpoint_callbacks
+    if ckpt_path == "best":
+        best = [Path(one.best_model_path) for one in callbacks if one.best_model_path]
+        if not best:
+            raise ValueError(
+                "ckpt_path='best', and no ModelCheckpoint(monitor=...) of this trainer has "
+                "written one yet: give a path"
+            )
+        return best[0]
+    if ckpt_path not in ("last", "auto"):
+        return Path(ckpt_path)
+    places = [Path(c.dirpath or trainer.default_root_dir) / c.LAST for c in callbacks]
+    places = places or [trainer.default_root_dir / ModelCheckpoint.LAST]
+    there = [place for place in places if place.is_file()]
+    if there:
+        return max(there, key=lambda place: place.stat().st_mtime)
+    if ckpt_path == "auto":
+        return None
+    raise FileNotFoundError(
+        f"ckpt_path='last', and there is no {' or '.join(map(str, places))} yet: write "
+        "ckpt_path='auto' to begin from the start where there is none"
+    )
+
+
+def load_weights(module: LoopModule, found: Found | None) -> None:
+    """Load the module of a checkpoint, and nothing else of it."""
+    if found is not None:
+        path, state = found
+        checkpoint.load_module(module, state["module"], path, not state["trainable_only"])
+
+
+def refuse_misfit(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
+    """Raise for a state that does not fit, before anything of it is loaded.
+
+    Raises:
+        RuntimeError: of another module, or a damaged one: the names are grouped.
+        ValueError: of other optimizers, schedulers or loops, or weights alone.
+    """
+    module, training, loop = trainer.module, trainer.training, trainer.loop
+    assert module is not None and training is not None
+    if "optimizers" not in state:
+        raise ValueError(
+            f"{path} holds weights only, and no training can go on from them: write "
+            f"{type(module).__name__}.load_from_checkpoint(path), and fit without ckpt_path"
+        )
+    difference = checkpoint.module_difference(module, state["module"], not state["trainable_only"])
+    if difference:
+        raise RuntimeError(f"{path} does not fit {type(module).__name__}: {difference}")
+    own = {name: type(one.optimizer).__qualname__ for name, one in training.optimizers.items()}
+    theirs = {name: one["class"] for name, one in state["optimizers"].items()}
+    if own != theirs:
+        raise ValueError(
+            f"{path} was written with the optimizers {_listed(theirs)}, and configure_optimizers "
+            f"has made {_listed(own)}: make them as they were, or load the weights alone with "
+            "load_from_checkpoint"
+        )
+    for name, one in training.optimizers.items():
+        here = [len(group["params"]) for group in one.optimizer.param_groups]
+        there = [len(group["params"]) for group in state["optimizers"][name]["param_groups"]]
+        if here != there:
+            raise ValueError(
+                f"{path}: the optimizer {name!r} had groups of {there} parameters, now of {here}"
+            )
+        kinds = [type(s.scheduler).__name__ for s in one.schedulers]
+        kept = [s["class"] for s in state["schedulers"][name]]
+        if kinds != kept:
+            raise ValueError(
+                f"{path}: the optimizer {name!r} had the schedulers {kept}, now {kinds}"
+            )
+    kind = state["loop"].get("class")
+    if loop is not None and kind != type(loop).__name__:
+        raise ValueError(f"{path} was written by {kind}, and {type(loop).__name__} is to go on")
+
+
+def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
+    """Go on from a state: what does not fit raises before anything has changed.
+
+    Raises:
+        RuntimeError, ValueError: see `refuse_misfit`.
+
+    Warns:
+        UserWarning: the state was written within a step that failed, or holds the state of
+            callbacks that are not there.
+    """
+    refuse_misfit(trainer, path, state)
+    module, training, loop = trainer.module, trainer.training, trainer.loop
+    assert module is not None and training is not None
+    if state["mid_step"]:
+        warnings.warn(
+            f"{path} was written after step {state['global_step']} failed between two of its "
+            "updates: the step is done again as a whole, so its first updates come twice",
+            stacklevel=2,
+        )
+    module.on_load_checkpoint(state)
+    for callback in trainer.callbacks:
+        callback.on_load_checkpoint(trainer, module, state)
+    if trainer.datamodule is not None:
+        trainer.datamodule.load_state_dict(state["data"])
+    module.load_state_dict(state["module"], strict=False)
+    for name, one in training.optimizers.items():
+        kept = {key: value for key, value in state["optimizers"][name].items() if key != "class"}
+        one.optimizer.load_state_dict(kept)
+        if state["updates"][name]:  # torch warns of schedulers that step before their optimizer
+            one.optimizer._opt_called = True  # type: ignore[attr-defined]
+        for schedule, scheduler in zip(one.schedulers, state["schedulers"][name], strict=True):
+            schedule.scheduler.load_state_dict(scheduler["state"])
+    for name, scale in training.stepper.scales.items():
+        if name in state["loss_scales"]:
+            scale.load_state_dict(state["loss_scales"][name])
+    training.stepper.updates.update(state["updates"])
+    training.samples_seen = state["samples_seen"]
+    trainer.global_step = state["global_step"]
+    trainer.seed_run(state["seed"])
+    if loop is not None:
+        loop.load_state_dict({k: v for k, v in state["loop"].items() if k != "class"})
+    for name, metric in _metrics(module):
+        if name in state["metrics"]:
+            _load_metric(metric, state["metrics"][name])
+    trainer.logs.load_state_dict(state["logs"], module)
+    trainer.evaluation.logs.load_state_dict(state["evaluation_logs"], module)
+    _load_callbacks(trainer.callbacks, state["callbacks"])
+    for logger, kept in zip(trainer.loggers, state["loggers"], strict=False):
+        logger.load_state_dict(kept)
+    trainer.history.load_state_dict(state["history"])
+    restore_global_states(state["random"])
+
+
+def keyed(callbacks: list[Callback]) -> Iterator[tuple[str, Callback]]:
+    """Each callback under the name of its state; a second one of a name is `name#2`."""
+    seen: Counter[str] = Counter()
+    for callback in callbacks:
+        key = callback.state_key
+        seen[key] += 1
+        yield (f"{key}#{seen[key]}" if seen[key] > 1 else key), callback
+
+
+def _load_callbacks(callbacks: list[Callback], states: dict[str, Any]) -> None:
+    left = dict(states)
+    for key, callback in keyed(callbacks):
+        if key in left:
+            callback.load_state_dict(left.pop(key))
+    if left:
+        warnings.warn(
+            f"the checkpoint holds the state of callbacks that are not there: {sorted(left)}",
+            stacklevel=3,
+        )
+
+
+# -- parts -------------------------------------------------------------------------------------
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("composefit")
+    except PackageNotFoundError:  # used from its sources
+        own = "unknown"
+    return {"composefit": own, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def _listed(optimizers: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in optimizers.items())
+
+
+def _of_scheduler(scheduler: Any) -> dict[str, Any]:
+    return {"class": type(scheduler).__name__, "state": scheduler.state_dict()}
+
+
+def _metrics(module: nn.Module) -> Iterator[tuple[str, Metric]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, Metric))
+
+
+def _of_metric(metric: Metric) -> dict[str, Any]:
+    """Its sums so far, which a metric keeps out of its state_dict."""
+    states = {name: getattr(metric, name) for name in metric._defaults}
+    return {"states": states, "updates": metric._update_count}
+
+
+def _load_metric(metric: Metric, kept: dict[str, Any]) -> None:
+    metric.reset()
+    for name, value in kept["states"].items():
+        if isinstance(value, Tensor):
+            value = value.to(metric.device)
+        elif isinstance(value, list):
+            value = [item.to(metric.device) for item in value]
+        setattr(metric, name, value)
+    metric._update_count = kept["updates"]
+    metric._computed = None

@@ -1,0 +1,232 @@
+"""`Training`: the optimizers of a module, their schedulers, and the driver of its steps."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from composefit.lockstep.contract import Body
+from composefit.lockstep.scatter import batch_size
+from composefit.lockstep.shard import Shard
+from composefit.lockstep.stepper import Stepper
+from composefit.module import LoopModule, overridden
+from composefit.optimizers import NamedOptimizer, Schedule, read_optimizers
+
+if TYPE_CHECKING:
+    from composefit.trainer import Trainer
+
+
+class Training:
+    """What one training of a module consists of, from `configure_optimizers` on.
+
+    Args:
+        trainer: whose settings it follows.
+        module: is trained.
+
+    Attributes:
+        optimizers: name -> optimizer with its schedulers and clipping.
+        stepper: steps them.
+        driver: runs the steps.
+        samples_seen: the samples trained on; None where nobody knows how many there are.
+        batch_idx: the index of the first loader batch of the step that runs.
+        norms: name -> the norm of an optimizer's gradients, at the last step that is logged.
+    """
+
+    def __init__(self, trainer: Trainer, module: LoopModule) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.optimizers = read_optimizers(module.configure_optimizers(), module)
+        for one in self.optimizers.values():
+            self._settle(one)
+        own_step = overridden(module, "optimizer_step")
+        own_clipping = overridden(module, "configure_gradient_clipping")
+        self._own_schedules = overridden(module, "lr_scheduler_step")
+        self.stepper = Stepper(
+            module,
+            self.optimizers,
+            trainer.precision,
+            trainer.strategy.device,
+            self._own_step if own_step else trainer.strategy.optimizer_step,
+            self,
+            trainer.on_nonfinite,
+            module.configure_gradient_clipping if own_clipping else None,
+        )
+        body = Body.method(module, "training_step", training=True)
+        self.driver = trainer.driver(module, body, self.stepper)
+        self.samples_seen: int | None = 0
+        self.batch_idx = 0
+        self.norms: dict[str, Tensor] = {}
+        self._monitors: list[tuple[str, Schedule]] = []
+        self._epoch_updates: Counter[str] = Counter()
+        self._epoch_steps = 0
+        self._samples_per_batch: int | None = None
+        self._rated = (0, time.monotonic())
+        call = trainer.call
+        self._backward_heard = call.anybody("on_after_backward", 0)
+        self._zero_grad_heard = call.anybody("on_before_zero_grad", 1)
+        if not module.training:  # else parts in evaluation mode, a frozen teacher say, stay in it
+            module.train()
+
+    def _settle(self, one: NamedOptimizer) -> None:
+        """The trainer's clipping, where an optimizer has none of its own."""
+        _refuse_closure(one)
+        if one.gradient_clip_val is None:
+            one.gradient_clip_val = self.trainer.gradient_clip_val
+        if one.gradient_clip_val == math.inf:
+            one.gradient_clip_val = None
+        if one.gradient_clip_algorithm is None:
+            one.gradient_clip_algorithm = self.trainer.gradient_clip_algorithm
+
+    # -- after a step --------------------------------------------------------------------------
+
+    def finish_step(self, shards: Sequence[Shard], batches: Sequence[Any]) -> None:
+        """Count, and step the schedulers that waited for what the step logs."""
+        self._epoch_steps += 1
+        if self.samples_seen is not None:
+            self._count_samples(shards, batches)
+
+    def _count_samples(self, shards: Sequence[Shard], batches: Sequence[Any]) -> None:
+        """For samples per second; the size of batches that nobody cut is asked once at most."""
+        assert self.samples_seen is not None
+        sizes = [shard.known_samples for shard in shards]
+        if None in sizes:
+            sizes = [self._samples_per_batch] * len(batches)
+        if None in sizes:
+            if not any(one.counts_samples for one in self.trainer.callbacks):
+                self.samples_seen = None
+                return
+            try:
+                sizes = [batch_size(self.module, batch) for batch in batches]
+            except Exception:  # no step needs the size, so the module need not tell it
+                self.samples_seen = None
+                return
+            self._samples_per_batch = sizes[0]
+        self.samples_seen += sum(size for size in sizes if size is not None)
+
+    def rate(self) -> float:
+        """Samples per second since the last call; 0 where nobody knows how many there were."""
+        now, seen = time.monotonic(), self.samples_seen or 0
+        (before, then), self._rated = self._rated, (seen, now)
+        return (seen - before) / max(now - then, 1e-9)
+
+    def warn_of_idle(self, epoch: int) -> None:
+        """Warn of optimizers that no step of the epoch has updated."""
+        stepper = self.stepper
+        idle = [n for n, updates in stepper.updates.items() if updates == self._epoch_updates[n]]
+        if self._epoch_steps and len(idle) == len(stepper.updates):
+            warnings.warn(
+                f"none of the {self._epoch_steps} steps of epoch {epoch} updated "
+                "anything: training_step returned None, or ended without a yield, each time"
+                + _left_out(stepper.left_out.total()),
+                stacklevel=3,
+            )
+        elif self._epoch_steps:
+            for name in idle:
+                warnings.warn(
+                    f"optimizer {name!r} was never updated in epoch {epoch}: no "
+                    f"step yielded {{{name!r}: loss}}" + _left_out(stepper.left_out[name]),
+                    stacklevel=3,
+                )
+        self._epoch_updates = Counter(stepper.updates)
+        self._epoch_steps = 0
+        stepper.left_out.clear()
+
+    # -- an optimizer's step: what the stepper calls -------------------------------------------
+
+    def before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """Hooks before an optimizer's step."""
+        trainer = self.trainer
+        if self._backward_heard:
+            trainer.call("on_after_backward")
+        trainer.call("on_before_optimizer_step", optimizer, name)
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            found = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+            self.norms[name] = torch.nn.utils.get_total_norm(found)
+
+    def before_zero_grad(self, optimizer: Optimizer) -> None:
+        """Hooks while `.grad` is still there."""
+        if self._zero_grad_heard:
+            self.trainer.call("on_before_zero_grad", optimizer)
+
+    def after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
+        """Schedulers that count updates, and hooks after a step."""
+        for schedule in self.optimizers[name].schedulers:
+            if schedule.interval == "step" and schedule.due(self.stepper.updates[name]):
+                if schedule.monitor is None:
+                    self._step_scheduler(schedule, None)
+                else:  # what this step logs is known at its end
+                    self._monitors.append((name, schedule))
+        self.trainer.call("on_after_optimizer_step", optimizer, name)
+
+    def _own_step(self, optimizer: Optimizer) -> None:
+        step = self.module.optimizer_step
+        closure = partial(getattr, self.stepper, "loss")
+        step(self.trainer.current_epoch, self.batch_idx, optimizer, closure)
+
+    # -- schedulers ----------------------------------------------------------------------------
+
+    def step_monitors(self) -> None:
+        """At the end of a step: schedulers that count updates and look at a logged value."""
+        if self._monitors:
+            waiting, self._monitors = self._monitors, []
+            for name, schedule in waiting:
+                self._step_schedule(name, schedule)
+
+    def step_epoch_schedules(self, epochs: int) -> None:
+        """At the end of an epoch: schedulers that count these."""
+        for one in self.optimizers.values():
+            for schedule in one.schedulers:
+                if schedule.interval == "epoch" and schedule.due(epochs):
+                    self._step_schedule(one.name, schedule)
+
+    def _step_schedule(self, name: str, schedule: Schedule) -> None:
+        if schedule.monitor is None:
+            self._step_scheduler(schedule, None)
+            return
+        known = self.trainer.known_values()
+        if schedule.monitor in known:
+            self._step_scheduler(schedule, known[schedule.monitor])
+            return
+        message = (
+            f"the scheduler of optimizer {name!r} monitors {schedule.monitor!r}, which was never "
+            f"logged; logged are {sorted(known)}"
+        )
+        if schedule.strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
+
+    def _step_scheduler(self, schedule: Schedule, value: float | None) -> None:
+        if self._own_schedules:
+            self.module.lr_scheduler_step(schedule.scheduler, value)
+        elif value is None:
+            schedule.scheduler.step()
+        else:
+            schedule.scheduler.step(value)
+
+
+def _refuse_closure(one: NamedOptimizer) -> None:
+    """Refuse an optimizer that evaluates the loss itself, such as `torch.optim.LBFGS`."""
+    step = one.optimizer.step
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        kind = type(one.optimizer).__name__
+        raise TypeError(
+            f"optimizer {one.name!r} is {kind}, whose step(closure) evaluates the loss several "
+            "times, while a step of training evaluates it once: give configure_optimizers an "
+            "optimizer whose step() needs no closure, such as SGD or Adam"
+        )
+
+
+def _left_out(count: int) -> str:
+    return f", or its gradients were not finite ({count} times)" if count else ""
