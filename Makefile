@@ -1,6 +1,6 @@
 # Everything sets itself up: Python 3.11 or newer and make are all a machine needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint mutants bench clean
+.PHONY: help demo test lint mutants docs bench clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -24,6 +24,9 @@ lint: $(VENV)/.tests ## lint and types alone
 
 mutants: $(VENV)/.tests ## take each safeguard out of a copy; some test has to fail every time
 	$(BIN)/python tests/mutants/run.py
+
+docs: $(VENV)/.docs ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(VENV)/.benchmarks ## the tables of benchmarks/README.md, other trainers included
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done

@@ -22,26 +22,29 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("testing",),
     ("__init__",),
+    ("lightning",),  # other names for what is below
     ("trainer",),
-    ("loops",),
-    ("arguments", "hooks", "logs"),
-    ("callbacks", "loggers"),
-    ("checkpoint",),
+    ("training", "evaluation", "running", "snapshot"),  # what a trainer consists of
+    ("arguments", "hooks", "logs", "report", "results", "sources"),
+    ("loops", "history"),
+    ("callbacks", "loggers", "profilers", "datamodule"),
     ("data_parallel",),
     ("strategies",),
     ("lockstep",),
     ("module",),
+    ("module_hooks", "logged"),
     ("steps",),
     ("updates",),
     ("effects",),  # an effect reads losses; a loss knows of no effect
     ("losses",),
     ("replicas",),
     ("optimizers",),
-    ("precision", "random", "data", "tree"),
+    ("precision", "random", "data", "tree", "images", "checkpoint"),
+    ("hyperparameters", "seeding", "settings", "signals"),
 )
 
 # Packages of the extras: imported inside the function that needs them, or by the demo.
-OPTIONAL = {"matplotlib", "sklearn", "tensorboard"}
+OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "wandb"}
 
 
 class Import(NamedTuple):
@@ -166,7 +169,8 @@ def undeclared(sources: Path, declared: set[str]) -> list[str]:
 def dependencies() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = (re.match(r"[\w.-]+", line) for line in project["dependencies"])
-    return {name[0].replace("-", "_") for name in names if name}
+    found = {name[0].replace("-", "_") for name in names if name}
+    return {{"pillow": "PIL"}.get(name, name) for name in found}  # the name it is imported by
 
 
 def test_every_module_has_its_place_in_the_order() -> None:

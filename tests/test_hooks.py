@@ -6,7 +6,7 @@ import pytest
 
 from composefit import Callback, LoopModule
 from composefit.hooks import HookCaller
-from composefit.module import Logged
+from composefit.logged import Logged
 
 
 class Module(LoopModule):

@@ -24,9 +24,9 @@ from composefit import (
     ThreadDataParallel,
     Trainer,
 )
+from composefit.logged import Logged, LogOptions
 from composefit.loggers import Logger
 from composefit.logs import Logs
-from composefit.module import Logged, LogOptions
 from tests.lockstep.steps import STRATEGIES, data, every_strategy, linear, module
 
 Make = Callable[[], Strategy]

@@ -569,8 +569,8 @@ def test_the_last_checkpoint_holds_the_whole_state(tmp_path: Path) -> None:
     run = files(tmp_path, callbacks=Counter(), logger=False)
     run.fit(net, BATCHES[:3])
     found = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert all(torch.equal(v, net.state_dict()[n]) for n, v in found["module"].items())
-    assert found["module"]["a.bias"].item() == 8.0
+    assert all(torch.equal(v, net.state_dict()[n]) for n, v in found["state_dict"].items())
+    assert found["state_dict"]["a.bias"].item() == 8.0
     assert set(found["optimizers"]) == {"a", "b"}
     momentum = run.optimizers["a"].optimizer.state[net.a.weight]["momentum_buffer"]
     assert torch.equal(found["optimizers"]["a"]["state"][0]["momentum_buffer"], momentum)
@@ -595,7 +595,7 @@ def test_a_checkpoint_in_mid_run_is_written_after_the_modules_hook(tmp_path: Pat
         def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
             if trainer.current_epoch:
                 found = torch.load(tmp_path / "last.ckpt", weights_only=True)
-                seen.append(found["module"]["net.bias"][0].item())
+                seen.append(found["state_dict"]["net.bias"][0].item())
 
     files(tmp_path, callbacks=Next(), logger=False).fit(net, BATCHES[:3])
     assert seen == [7.0]

@@ -10,7 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from composefit.callbacks import Callback
-from composefit.module import Context, Logged, LoopModule
+from composefit.logged import Context, Logged
+from composefit.module import LoopModule
+from composefit.module_hooks import ModuleHooks
 from composefit.steps import offered
 
 # No hooks of a module: it does not watch over a run, it takes part in it.
@@ -31,7 +33,7 @@ _IN_A_STEP = {
     "on_train_batch_end",
 }
 
-_HOOKS = [name for name in vars(LoopModule) if name.startswith("on_")] + ["setup", "teardown"]
+_HOOKS = [name for name in vars(ModuleHooks) if name.startswith("on_")] + ["setup", "teardown"]
 _ALL_HOOKS = [*_HOOKS, *_CALLBACK_ONLY]
 
 _AFTER_GRADIENTS = "write on_before_optimizer_step(self, optimizer, name), which sees the gradients"
@@ -109,7 +111,9 @@ class HookCaller:
         _refuse_uncalled(module)
         _refuse_generators(module, _HOOKS)
         for callback in self._callbacks:
+            _refuse_uncalled(callback)
             _refuse_generators(callback, _ALL_HOOKS)
+            callback._module = module
 
     def anybody(self, name: str, count: int) -> bool:
         """Whether somebody has written this hook, which is offered `count` arguments.
@@ -347,24 +351,25 @@ class Span:
             call.despite(error, self._end, *self._offered(arguments))
 
 
-def _refuse_uncalled(module: LoopModule) -> None:
+def _refuse_uncalled(owner: LoopModule | Callback) -> None:
     """Refuse methods that look like hooks, and would be ignored without a word."""
-    known = LoopModule.__mro__
+    known = (*LoopModule.__mro__, Callback)
+    hooks = _HOOKS if isinstance(owner, LoopModule) else _ALL_HOOKS
     written = {
         name
-        for kind in type(module).__mro__
+        for kind in type(owner).__mro__
         if kind not in known
         for name, value in vars(kind).items()
         if callable(value)
     }
-    for name in sorted(written.difference(_HOOKS)):
+    for name in sorted(written.difference(hooks)):
         instead = _NOT_CALLED.get(name)
         if instead is None and name.startswith("on_"):
             usual = name.replace("on_val_", "on_validation_").replace("on_training_", "on_train_")
-            close = get_close_matches(usual, _HOOKS, n=1, cutoff=0.9)
+            close = get_close_matches(usual, hooks, n=1, cutoff=0.9)
             instead = f"did you mean {close[0]}?" if close else None
         if instead is not None:
-            raise TypeError(f"{type(module).__name__}.{name} is no hook that is called: {instead}")
+            raise TypeError(f"{type(owner).__name__}.{name} is no hook that is called: {instead}")
 
 
 def _refuse_generators(owner: object, names: Iterable[str]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from composefit.images import Image
+from composefit.logged import Context, Logged, LogOptions, Reduce
 from composefit.losses import SUMMED, Loss
-from composefit.module import Context, Logged, LogOptions, Reduce
 
 
 class LoggingShard(Protocol):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from composefit import checkpoint
 from composefit.hyperparameters import Hyperparameters, build, collect
 from composefit.images import Image
-from composefit.losses import Loss, Term, describe
-from composefit.optimizers import clip
+from composefit.logged import Context, Logged, log_options, not_loggable, one_term, samples_of
+from composefit.losses import Loss
+from composefit.module_hooks import ModuleHooks
 from composefit.random import SampleRandom
 from composefit.steps import helper
 
@@ -26,52 +24,7 @@ if TYPE_CHECKING:
     from composefit.trainer import Trainer
 
 
-#: How several values become one: by name, or a function of a 1-dim tensor of them.
-Reduce: TypeAlias = Literal["mean", "sum", "min", "max"] | Callable[[Tensor], Any]
-
-_REDUCTIONS: dict[object, Reduce] = {
-    **{name: name for name in ("mean", "sum", "min", "max")},
-    **{torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max"},
-    **{torch.amin: "min", torch.amax: "max", sum: "sum", min: "min", max: "max"},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LogOptions:
-    """How a logged value is reduced over an epoch and where it is shown."""
-
-    prog_bar: bool
-    logger: bool
-    on_step: bool
-    on_epoch: bool
-    reduce: Reduce = "mean"
-
-
-@dataclass(slots=True)
-class Logged:
-    """One value as a shard logged it: `weight` None stands for the shard's samples."""
-
-    value: Any
-    weight: float | None
-    options: LogOptions
-
-
-class Context:
-    """What a module sees of the step that runs: set by the driver for its duration."""
-
-    __slots__ = ("logs", "random", "samples", "suffix", "training")
-
-    def __init__(
-        self, random: SampleRandom | None, samples: Callable[[], int] | None = None
-    ) -> None:
-        self.random = random
-        self.samples = samples
-        self.logs: dict[str, Logged] = {}
-        self.training = True
-        self.suffix = ""  # of names, where several loaders are evaluated
-
-
-class LoopModule(nn.Module):
+class LoopModule(ModuleHooks, nn.Module):
     """A module that says what one training step means, and nothing of how it is carried out.
 
     Subclasses write `training_step(self, batch)` or `(self, batch, batch_idx)` and
@@ -135,32 +88,6 @@ class LoopModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes for its users; the step may use it or not."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward()")
-
-    def configure_model(self) -> None:
-        """Build what is large, or needs the data module, before the optimizers; may run again."""
-
-    def configure_callbacks(self) -> Any:
-        """Callbacks that this module brings along: one or several."""
-        return []
-
-    def prepare_data(self) -> None:
-        """Download and the like, once per machine, before `setup`; assign nothing here."""
-
-    def train_dataloader(self) -> Any:
-        """The loader of `trainer.fit(module)`, where none is given."""
-        raise NotImplementedError
-
-    def val_dataloader(self) -> Any:
-        """The loader or loaders of validation, where none is given."""
-        raise NotImplementedError
-
-    def test_dataloader(self) -> Any:
-        """The loader or loaders of `trainer.test(module)`, where none is given."""
-        raise NotImplementedError
-
-    def predict_dataloader(self) -> Any:
-        """The loader or loaders of `trainer.predict(module)`, where none is given."""
-        raise NotImplementedError
 
     def batch_size(self, batch: Any) -> int:
         """The number of samples in a batch; override it where dimension 0 does not tell."""
@@ -242,14 +169,14 @@ class LoopModule(nn.Module):
             # CPU there is nobody to wait for, and a number is the cheapest.
             value = value.item() if value.is_cpu else value.detach().clone().reshape(())
         elif isinstance(value, Loss):
-            value = _one_term(name, value)
+            value = one_term(name, value)
         elif not isinstance(value, (int, float, Metric, Image)):
-            raise _not_loggable(name, value)
+            raise not_loggable(name, value)
         if enable_graph:
             raise ValueError("self.log(enable_graph=True): a logged value has no graph; return it")
         if context.suffix and add_dataloader_idx:
             name += context.suffix
-        options = _options(
+        options = log_options(
             prog_bar,
             logger is not False,
             context.training if on_step is None else on_step,
@@ -257,7 +184,7 @@ class LoopModule(nn.Module):
             reduce_fx,
         )
         if batch_size is None and options.on_epoch and context.samples is not None:
-            batch_size = _samples(value, context.samples)
+            batch_size = samples_of(value, context.samples)
         context.logs[name] = Logged(value, batch_size, options)
 
     def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
@@ -269,6 +196,16 @@ class LoopModule(nn.Module):
         """As `print`, once per job: on rank 0, and above a progress bar."""
         if self.trainer is None or self.trainer.is_global_zero:
             print(*values, **options)
+
+    @property
+    def global_rank(self) -> int:
+        """The rank of this process in the job."""
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """Its rank on this machine."""
+        return 0 if self.trainer is None else self.trainer.local_rank
 
     @property
     def logger(self) -> Any:
@@ -329,7 +266,8 @@ class LoopModule(nn.Module):
         """Not needed: raises with what to write instead."""
         raise RuntimeError(
             "self.optimizers() is not needed: instead of opt.zero_grad(), manual_backward(loss), "
-            'opt.step() write `yield {"name": loss}`, with the names of configure_optimizers'
+            'opt.step() write `yield {"name": loss}`, with the names of configure_optimizers; to '
+            'read one, self.trainer.optimizers["name"].optimizer'
         )
 
     def manual_backward(self, *_: Any, **__: Any) -> Any:
@@ -343,7 +281,7 @@ class LoopModule(nn.Module):
             'optimizer\'s parameters only; write `yield {"name": loss}`'
         )
 
-    untoggle_optimizer = toggle_optimizer
+    untoggle_optimizer = toggled_optimizer = toggle_optimizer
 
     # -- hyperparameters -----------------------------------------------------------------------
 
@@ -391,170 +329,9 @@ class LoopModule(nn.Module):
         checkpoint.of_trainer(state, checkpoint_path)
         module = build(cls, state.get("hyper_parameters", {}), overrides, state.get("hparams_name"))
         partly = not strict or state.get("trainable_only", False)
-        checkpoint.load_module(module, state["module"], checkpoint_path, strict=not partly)
+        checkpoint.load_module(module, state["state_dict"], checkpoint_path, strict=not partly)
         module.on_load_checkpoint(state)
         return module.to(map_location) if map_location is not None else module
-
-    # -- what an update consists of, for those who want to change it ---------------------------
-
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Step an optimizer; override it for a warm-up, say.
-
-        Args:
-            epoch: the epoch that runs.
-            batch_idx: the index of the step's first loader batch.
-            optimizer: its parameters' `.grad` holds the total, unscaled and clipped.
-            optimizer_closure: returns the reduced loss; it computes nothing.
-        """
-        optimizer.step(optimizer_closure)
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step a scheduler when it is due; `metric`: the monitored value, or None."""
-        if metric is None:
-            scheduler.step()
-        else:
-            scheduler.step(metric)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the gradients of an optimizer's parameters, in `.grad`."""
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip `.grad` of an optimizer's parameters by `"norm"` (the default) or `"value"`."""
-        if gradient_clip_val is not None:
-            own = [p for group in optimizer.param_groups for p in group["params"]]
-            clip(own, gradient_clip_val, gradient_clip_algorithm or "norm")
-
-    # -- hooks, in the order in which they run -------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Before anything else of a run; `stage`: "fit", "validate", "test" or "predict"."""
-
-    def on_fit_start(self) -> None:
-        """Before anything else of a fit, parameters placed."""
-
-    def on_train_start(self) -> None:
-        """Before the first epoch."""
-
-    def on_train_epoch_start(self) -> None:
-        """Before an epoch's first batch; not where an epoch is resumed within."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        """Once per loader batch, before the step; return -1 to leave out the rest of the epoch."""
-
-    def on_after_backward(self) -> None:
-        """Once per update and optimizer: `.grad` holds the total, unscaled, not yet clipped."""
-
-    def on_before_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
-        """Once per update and optimizer: `.grad` holds the total, unscaled, not yet clipped."""
-
-    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        """Once per update and optimizer, after the weights changed, `.grad` still there."""
-
-    def on_after_optimizer_step(self, optimizer: Optimizer, name: str) -> None:
-        """Once per update and optimizer, after the weights changed: EMA, weight clamping."""
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Once per loader batch, after the step; `outputs`: the reduced losses by name."""
-
-    def on_validation_start(self) -> None:
-        """Before a validation run."""
-
-    def on_validation_epoch_start(self) -> None:
-        """Before a validation run's first batch."""
-
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Before a validation batch."""
-
-    def on_validation_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """After a validation batch; `outputs`: what the step returned, joined over shards."""
-
-    # (*args) lets a type checker accept both forms of what overrides it.
-    def on_validation_epoch_end(self, *args: Any) -> None:
-        """After a validation run's last batch, metrics computed.
-
-        `on_validation_epoch_end(self)`, or `(self, outputs)`: what the steps returned, an entry for
-        each loader batch in order, joined over shards; with several loaders a list for each.
-        """
-
-    def on_validation_end(self) -> None:
-        """After a validation run."""
-
-    def on_train_epoch_end(self) -> None:
-        """After an epoch's last batch and its validation."""
-
-    def on_train_end(self) -> None:
-        """After the last epoch."""
-
-    def on_fit_end(self) -> None:
-        """After everything."""
-
-    def on_test_start(self) -> None:
-        """As `on_validation_start`."""
-
-    def on_test_epoch_start(self) -> None:
-        """As `on_validation_epoch_start`."""
-
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """As `on_validation_batch_start`."""
-
-    def on_test_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """As `on_validation_batch_end`."""
-
-    def on_test_epoch_end(self, *args: Any) -> None:
-        """As `on_validation_epoch_end`."""
-
-    def on_test_end(self) -> None:
-        """As `on_validation_end`."""
-
-    def on_predict_start(self) -> None:
-        """Before prediction."""
-
-    def on_predict_epoch_start(self) -> None:
-        """Before the first batch of a prediction."""
-
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Before a batch of a prediction."""
-
-    def on_predict_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """After a batch; `outputs`: what `predict_step` returned, joined over shards."""
-
-    def on_predict_epoch_end(self) -> None:
-        """After the last batch of a prediction."""
-
-    def on_predict_end(self) -> None:
-        """After a prediction."""
-
-    def teardown(self, stage: str) -> None:
-        """After everything else of a run, also of one that failed."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Before a checkpoint is written: add plain data of your own."""
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Before a checkpoint is taken back."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the trainer, which holds threads and files."""
@@ -592,51 +369,6 @@ class LoopModule(nn.Module):
                 "shard: write `yield from Once(self.method)` and delete it in the method"
             )
         super().__delattr__(name)
-
-
-@functools.lru_cache(maxsize=256)
-def _options(
-    prog_bar: bool, logger: bool, on_step: bool, on_epoch: bool, reduce_fx: Any
-) -> LogOptions:
-    if not on_step and not on_epoch:
-        raise ValueError("self.log(on_step=False, on_epoch=False) logs nothing: one must be True")
-    reduce = _REDUCTIONS.get(reduce_fx, reduce_fx)
-    if not callable(reduce) and reduce not in _REDUCTIONS:
-        raise ValueError(
-            "self.log(reduce_fx=...) must be 'mean', 'sum', 'min', 'max' or a function of a tensor "
-            f"of values, got {reduce_fx!r}"
-        )
-    return LogOptions(prog_bar, logger, on_step, on_epoch, reduce)
-
-
-def _one_term(name: str, loss: Loss) -> Loss:
-    """A logged `Mean` or `Sum` without its graph, which would be kept as long as the value."""
-    if len(loss.terms) != 1:
-        raise ValueError(
-            f"self.log({name!r}, ...) expects one Mean or Sum, got {loss!r}: log its terms under "
-            "names of their own"
-        )
-    (term,) = loss.terms
-    return Loss((Term(term.total.detach().clone(), term.weight),))
-
-
-def _samples(value: object, samples: Callable[[], int]) -> int | None:
-    """The weight of a value in an epoch's mean; a size is not asked where nobody needs it."""
-    if isinstance(value, (Metric, Image)) or (
-        isinstance(value, Loss) and value.terms[0].weight is not None
-    ):
-        return None
-    return samples()
-
-
-def _not_loggable(name: str, value: object) -> TypeError:
-    hint = ""
-    if isinstance(value, MetricCollection):
-        hint = ": a collection is several values, write self.log_dict(collection)"
-    return TypeError(
-        f"self.log({name!r}, ...) expects a number, a 0-dim tensor, Mean, Sum, Image or a "
-        f"torchmetrics Metric, got {describe(value)}{hint}"
-    )
 
 
 def has_helpers(module: nn.Module) -> bool:

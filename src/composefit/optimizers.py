@@ -191,7 +191,14 @@ class NamedOptimizer:
         return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
 
 
-def read_optimizers(returned: object, module: nn.Module) -> dict[str, NamedOptimizer]:
+class Optimizers(dict[str, NamedOptimizer]):
+    """The optimizers by name; another key raises a KeyError that lists the names."""
+
+    def __missing__(self, key: object) -> NamedOptimizer:
+        raise KeyError(f"there is no optimizer {key!r}: configure_optimizers named {list(self)}")
+
+
+def read_optimizers(returned: object, module: nn.Module) -> Optimizers:
     """Read what `configure_optimizers` returned.
 
     Args:
@@ -217,7 +224,8 @@ def read_optimizers(returned: object, module: nn.Module) -> dict[str, NamedOptim
         >>> list(read_optimizers(torch.optim.SGD(net.parameters(), lr=0.1), net))
         ['optimizer']
     """
-    named = {name: _read_entry(name, entry) for name, entry in _entries(returned).items()}
+    entries = _entries(returned).items()
+    named = Optimizers((name, _read_entry(name, entry)) for name, entry in entries)
     _refuse_twice((one.optimizer for one in named.values()), "optimizer")
     _refuse_twice((s.scheduler for one in named.values() for s in one.schedulers), "scheduler")
     names = {id(parameter): name for name, parameter in module.named_parameters()}

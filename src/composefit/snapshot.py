@@ -48,7 +48,7 @@ def take(
     state: dict[str, Any] = {
         "composefit_checkpoint": checkpoint.FORMAT,
         "versions": _versions(),
-        "module": weights,
+        "state_dict": weights,
         "trainable_only": trainable_only,
         "hyper_parameters": dict(module.hparams),
         "hparams_name": module.hparams.given_as,
@@ -135,11 +135,14 @@ def _find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
     )
 
 
-def load_weights(module: LoopModule, found: Found | None) -> None:
+def load_weights(trainer: Trainer, module: LoopModule, found: Found | None) -> None:
     """Load the module of a checkpoint, and nothing else of it."""
     if found is not None:
         path, state = found
-        checkpoint.load_module(module, state["module"], path, not state["trainable_only"])
+        checkpoint.load_module(module, state["state_dict"], path, not state["trainable_only"])
+        module.on_load_checkpoint(state)
+        for callback in trainer.callbacks:
+            callback.on_load_checkpoint(trainer, module, state)
 
 
 def refuse_misfit(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
@@ -156,7 +159,9 @@ def refuse_misfit(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
             f"{path} holds weights only, and no training can go on from them: write "
             f"{type(module).__name__}.load_from_checkpoint(path), and fit without ckpt_path"
         )
-    difference = checkpoint.module_difference(module, state["module"], not state["trainable_only"])
+    difference = checkpoint.module_difference(
+        module, state["state_dict"], not state["trainable_only"]
+    )
     if difference:
         raise RuntimeError(f"{path} does not fit {type(module).__name__}: {difference}")
     own = {name: type(one.optimizer).__qualname__ for name, one in training.optimizers.items()}
@@ -209,7 +214,7 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         callback.on_load_checkpoint(trainer, module, state)
     if trainer.datamodule is not None:
         trainer.datamodule.load_state_dict(state["data"])
-    module.load_state_dict(state["module"], strict=False)
+    module.load_state_dict(state["state_dict"], strict=False)
     for name, one in training.optimizers.items():
         kept = {key: value for key, value in state["optimizers"][name].items() if key != "class"}
         one.optimizer.load_state_dict(kept)

@@ -44,6 +44,8 @@ class Sources:
             raise TypeError(
                 f"datamodule must be a composefit.DataModule, got {type(datamodule).__name__}"
             )
+        if datamodule is not None:
+            _refuse_transfers(datamodule)
         if datamodule is not None and any(value is not None for value in given.values()):
             raise TypeError("loaders and a data module were given: give one of the two")
         return cls(module, datamodule, given)
@@ -92,6 +94,16 @@ class Sources:
         if getattr(type(owner), name) is getattr(base, name) and name not in vars(owner):
             return None
         return getattr(owner, name)
+
+
+def _refuse_transfers(datamodule: DataModule) -> None:
+    """Refuse Lightning's hooks around the transfer of a batch, which nobody would call."""
+    for name in ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer"):
+        if hasattr(datamodule, name):
+            raise TypeError(
+                f"{type(datamodule).__name__}.{name} is no hook that is called: do it in the "
+                "dataset or its collate_fn, or in the step"
+            )
 
 
 def _is_loader(value: object) -> bool:

@@ -23,10 +23,11 @@ from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.scatter import batch_size
 from composefit.lockstep.stepper import OnNonfinite, Stepper
+from composefit.logged import Logged
 from composefit.loggers import Logger
 from composefit.logs import Logs
 from composefit.loops import EvaluateLoop, FitLoop, Limits, Loop, PredictLoop, TrainEpochLoop
-from composefit.module import Logged, LoopModule, overridden
+from composefit.module import LoopModule, overridden
 from composefit.optimizers import ClipAlgorithm, NamedOptimizer
 from composefit.precision import Precision
 from composefit.profilers import Profiler, as_profiler
@@ -207,6 +208,7 @@ class Trainer:
         self._bring_along(ModelSummary, enable_model_summary)
         self._bring_along(ProgressBar, enable_progress_bar)
         self._bring_along(ModelCheckpoint, False if dev else enable_checkpointing)
+        self.callbacks = _checkpoints_last(self.callbacks)
         arguments.refuse_order(self.callbacks)
         self.loggers = [] if dev else arguments.loggers(logger, self.default_root_dir)
 
@@ -214,6 +216,8 @@ class Trainer:
         self.should_stop = False
         self.mid_step = False
         self.is_global_zero = True
+        self.global_rank = self.local_rank = 0
+        self.world_size = 1
         self.module: LoopModule | None = None
         self.datamodule: DataModule | None = None
         self.loop: Loop | None = None
@@ -234,7 +238,7 @@ class Trainer:
 
     def fit(
         self,
-        module: LoopModule,
+        model: LoopModule,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: DataModule | None = None,
@@ -243,7 +247,7 @@ class Trainer:
         """Train a module.
 
         Args:
-            module: is trained in place.
+            model: is trained in place.
             train_dataloaders: an iterable of batches that can be iterated again for every epoch,
                 or a dict of such (the batch is then a dict of theirs). A batch is the whole
                 world's, whatever the strategy. Or a `DataModule`. None asks the module.
@@ -260,6 +264,7 @@ class Trainer:
             RuntimeError: the checkpoint is damaged, or of another module.
             Whatever the module's code raises, with a note of the shard, effect and step.
         """
+        module = model
         self._check(module, "training_step", "configure_optimizers")
         sources = Sources.of(module, datamodule, train=train_dataloaders, val=val_dataloaders)
         sources.refuse("train", "fit")
@@ -275,7 +280,7 @@ class Trainer:
 
     def validate(
         self,
-        module: LoopModule | None = None,
+        model: LoopModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
         verbose: bool = True,
@@ -284,7 +289,7 @@ class Trainer:
         """Run `validation_step` over one or several loaders.
 
         Args:
-            module: is evaluated, without gradients; None: that of the last run.
+            model: is evaluated, without gradients; None: that of the last run.
             dataloaders: an iterable of batches, or several in a list or dict; a `DataModule`; None
                 asks the module.
             ckpt_path: take the weights from this checkpoint first; `"best"` and `"last"` as in
@@ -295,22 +300,22 @@ class Trainer:
         Returns:
             For each loader, name -> the mean over it of what was logged, weighted by samples.
         """
-        return self._evaluate("validate", module, dataloaders, ckpt_path, verbose, datamodule)
+        return self._evaluate("validate", model, dataloaders, ckpt_path, verbose, datamodule)
 
     def test(
         self,
-        module: LoopModule | None = None,
+        model: LoopModule | None = None,
         dataloaders: Any = None,
         ckpt_path: str | Path | None = None,
         verbose: bool = True,
         datamodule: DataModule | None = None,
     ) -> list[dict[str, float]]:
         """Run `test_step` over one or several loaders; arguments and result as `validate`."""
-        return self._evaluate("test", module, dataloaders, ckpt_path, verbose, datamodule)
+        return self._evaluate("test", model, dataloaders, ckpt_path, verbose, datamodule)
 
     def predict(
         self,
-        module: LoopModule | None = None,
+        model: LoopModule | None = None,
         dataloaders: Any = None,
         datamodule: DataModule | None = None,
         return_predictions: bool = True,
@@ -319,7 +324,7 @@ class Trainer:
         """Run `predict_step` over one or several loaders.
 
         Args:
-            module: as in `validate`.
+            model: as in `validate`.
             dataloaders: as in `validate`.
             datamodule: as in `validate`.
             ckpt_path: as in `validate`.
@@ -329,15 +334,13 @@ class Trainer:
             One entry for each loader batch, in order, joined over shards; with several loaders one
             such list for each; None without `return_predictions`.
         """
-        module, sources, state = self._prepare(
-            "predict", module, dataloaders, datamodule, ckpt_path
-        )
+        module, sources, state = self._prepare("predict", model, dataloaders, datamodule, ckpt_path)
         self._attach(module, sources.datamodule)
         with running(self, module, "predict", sources.datamodule):
             loop = PredictLoop(
                 self._several(sources, "predict", self.limit_predict_batches), return_predictions
             )
-            snapshot.load_weights(module, state)
+            snapshot.load_weights(self, module, state)
             self.strategy.place(module, self.precision.dtype)
             self.loop = loop
             return loop.run(self, module)
@@ -561,14 +564,15 @@ class Trainer:
         return -1 if self.limits.max_steps is None else self.limits.max_steps
 
     @property
-    def estimated_stepping_batches(self) -> float:
+    def estimated_stepping_batches(self) -> int | float:
         """How many steps the fit will take; infinity where nobody knows."""
         steps = math.inf if self.limits.max_steps is None else self.limits.max_steps
         epochs = self.limits.max_epochs
         if epochs is None or self.num_training_batches == math.inf:
             return steps
         an_epoch = math.ceil(self.num_training_batches / self.accumulate_grad_batches)
-        return float(min(steps, an_epoch * epochs))
+        found: int | float = min(steps, an_epoch * epochs)
+        return found
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
@@ -610,6 +614,11 @@ class Trainer:
         """The first of them."""
         return next(iter(self.checkpoint_callbacks), None)
 
+    def print(self, *values: Any, **options: Any) -> None:
+        """As `print`, once per job."""
+        if self.is_global_zero:
+            print(*values, **options)
+
     def describe_batch(self, batch: Any) -> str | None:
         """How a loader's batch is cut, `32 = 2 threads x 16`; None where its size is not known."""
         assert self.module is not None
@@ -644,12 +653,22 @@ class Trainer:
             training = self.training
             assert training is not None
             training.warn_of_idle(self.current_epoch)
-            training.step_epoch_schedules(self.current_epoch + 1)
+            training.step_epoch_schedules(self.current_epoch + 1, monitored=False)
 
     def write_epoch(self) -> None:
         """Hand the epoch's means to the loggers, with what hooks have logged at its end."""
         self.logs.end_epoch(self._whole_epoch)
         self.write(self.logs.take_epoch(), self.logs.take_images())
+
+    def settle_epoch(self) -> None:
+        """After the hooks of an epoch's end, before its state is saved.
+
+        Schedulers that count epochs and look at a logged value step here: hooks may have logged it.
+        """
+        self.write_epoch()
+        if self._whole_epoch:
+            assert self.training is not None
+            self.training.step_epoch_schedules(self.current_epoch + 1, monitored=True)
 
     @contextmanager
     def hearing(self, logs: Logs) -> Iterator[None]:
@@ -711,6 +730,8 @@ class Trainer:
                 f"{type(module).__name__}.__init__ must begin with super().__init__(), which it "
                 "does not call"
             )
+        if not getattr(module, "automatic_optimization", True):
+            module.automatic_optimization = False  # raises, and says what to write
         for method in methods:
             if not overridden(module, method):
                 raise TypeError(
@@ -760,7 +781,7 @@ class Trainer:
         self._attach(module, sources.datamodule)
         with running(self, module, stage, sources.datamodule):
             loop = EvaluateLoop(self._several(sources, name, limit), stage)
-            snapshot.load_weights(module, state)
+            snapshot.load_weights(self, module, state)
             self.strategy.place(module, self.precision.dtype)
             self.loop = loop
             found = loop.run(self, module)
@@ -776,6 +797,7 @@ class Trainer:
             self.training = None
         self.datamodule = datamodule
         self.evaluation.forget()
+        self.evaluation.logs = Logs()
         self.seed_run(torch.initial_seed() if self.seed is None else self.seed)
         module.trainer = self
         self._bring(arguments.callbacks(module.configure_callbacks()))
@@ -793,14 +815,15 @@ class Trainer:
             for one in kept
             if not (any(one is own for own in self._defaults) and isinstance(one, replaced))
         ]
-        self.callbacks += callbacks
+        self.callbacks = _checkpoints_last([*self.callbacks, *callbacks])
+        arguments.refuse_order(self.callbacks)
         self._brought = callbacks
 
     def _begin(self, module: LoopModule, loop: Loop, state: snapshot.Found | None) -> None:
         """Optimizers and counters of a training, and the state that it goes on from."""
         self.loop = loop
         if not loop.trains:
-            snapshot.load_weights(module, state)
+            snapshot.load_weights(self, module, state)
             self.strategy.place(module, self.precision.dtype)
             return
         self.fit_loop = loop if isinstance(loop, FitLoop) else None
@@ -808,7 +831,7 @@ class Trainer:
         self.restart(module)
         for one in (module, self.datamodule):
             if one is not None and one.hparams:
-                checkpoint.refuse_hyperparameters(one.hparams)
+                checkpoint.refuse_hyperparameters(dict(one.hparams))
                 if not vars(one).get("_log_hparams", True):
                     continue
                 for logger in self.loggers:
@@ -918,7 +941,7 @@ class Trainer:
         for name, one in training.optimizers.items():
             for i, group in enumerate(one.optimizer.param_groups):
                 if "lr" in group:
-                    own[f"lr/{name}" if i == 0 else f"lr/{name}/{i}"] = float(group["lr"])
+                    own[f"lr/{name}" if i == 0 else f"lr/{name}/pg{i + 1}"] = float(group["lr"])
         if training.samples_seen is not None:
             own["samples_per_second"] = training.rate()
         self.history.log_metrics({"epoch": self.current_epoch, **own}, self.global_step)
@@ -939,6 +962,11 @@ class Trainer:
 
 
 _END = object()
+
+
+def _checkpoints_last(callbacks: list[Callback]) -> list[Callback]:
+    """In their order, but those that write checkpoints after all others."""
+    return sorted(callbacks, key=lambda one: isinstance(one, ModelCheckpoint))
 
 
 def _tensors(values: dict[str, float]) -> dict[str, torch.Tensor]:

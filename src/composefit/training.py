@@ -183,11 +183,17 @@ class Training:
             for name, schedule in waiting:
                 self._step_schedule(name, schedule)
 
-    def step_epoch_schedules(self, epochs: int) -> None:
-        """At the end of an epoch: schedulers that count these."""
+    def step_epoch_schedules(self, epochs: int, monitored: bool) -> None:
+        """At the end of an epoch: schedulers that count these.
+
+        Args:
+            epochs: those that are over.
+            monitored: those that look at a logged value, or the others.
+        """
         for one in self.optimizers.values():
             for schedule in one.schedulers:
-                if schedule.interval == "epoch" and schedule.due(epochs):
+                due = schedule.interval == "epoch" and schedule.due(epochs)
+                if due and (schedule.monitor is not None) is monitored:
                     self._step_schedule(one.name, schedule)
 
     def _step_schedule(self, name: str, schedule: Schedule) -> None:

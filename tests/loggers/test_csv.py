@@ -6,10 +6,12 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
 
+from composefit.images import Image
 from composefit.loggers import CSVLogger
 
 
@@ -40,6 +42,16 @@ def test_values_read_back_as_the_same_numbers(tmp_path: Path) -> None:
     (row,) = rows(write(tmp_path / "nan", (0, {"x": math.nan, "none": None})))
     assert math.isnan(float(row["x"]))
     assert row["none"] == ""
+
+
+def test_a_run_has_a_folder_by_name_and_version(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, "gan", "3")
+    logger.log_metrics({"critic/loss": 0.5}, 1)
+    logger.finalize("finished")
+    assert logger.log_dir == tmp_path / "gan" / "3"
+    assert rows(tmp_path / "gan" / "3" / "metrics.csv")[0]["critic/loss"] == "0.5"
+    assert CSVLogger(tmp_path, name="gan").path == tmp_path / "gan" / "metrics.csv"
+    assert CSVLogger(tmp_path, version="3").path == tmp_path / "3" / "metrics.csv"
 
 
 def test_rows_wait_in_memory_until_there_are_enough(tmp_path: Path) -> None:
@@ -158,7 +170,7 @@ def test_a_file_that_was_removed_in_mid_run_is_begun_anew(tmp_path: Path) -> Non
 
 def test_a_foreign_file_is_refused_before_the_run_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("name,price\nx,1\n")
-    with pytest.raises(ValueError, match="first column is 'name': give CSVLogger another root"):
+    with pytest.raises(ValueError, match="first column is 'name': give CSVLogger another folder"):
         CSVLogger(tmp_path)
     assert (tmp_path / "metrics.csv").read_text() == "name,price\nx,1\n"
 
@@ -166,6 +178,124 @@ def test_a_foreign_file_is_refused_before_the_run_and_left_alone(tmp_path: Path)
 def test_a_run_that_logs_nothing_writes_nothing(tmp_path: Path) -> None:
     CSVLogger(tmp_path / "new").finalize("finished")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+def killed(root: Path, steps: int) -> Path:
+    """What a run leaves that logs every step and is then killed."""
+    logger = CSVLogger(root, flush_every=1)
+    for step in range(1, steps + 1):
+        logger.log_metrics({"loss": float(step), "killed": 1}, step)
+    return logger.path
+
+
+def test_a_resumed_run_drops_the_rows_from_after_its_checkpoint(tmp_path: Path) -> None:
+    path = killed(tmp_path, 5)
+    resumed = CSVLogger(tmp_path, flush_every=1)
+    resumed.load_state_dict({**resumed.state_dict(), "step": 3})
+    for step in (4, 5, 6):
+        resumed.log_metrics({"loss": -float(step)}, step)
+    assert [(row["step"], row["loss"]) for row in rows(path)] == [
+        ("1", "1.0"),
+        ("2", "2.0"),
+        ("3", "3.0"),
+        ("4", "-4.0"),
+        ("5", "-5.0"),
+        ("6", "-6.0"),
+    ]
+
+
+def test_a_resumed_runs_own_rows_stay_when_the_file_is_written_anew(tmp_path: Path) -> None:
+    path = killed(tmp_path, 5)
+    resumed = CSVLogger(tmp_path, flush_every=1)
+    resumed.load_state_dict({"step": 3})
+    resumed.log_metrics({"loss": 4.0}, 4)
+    resumed.log_metrics({"a column": 5.0}, 5)
+    assert [row["step"] for row in rows(path)] == ["1", "2", "3", "4", "5"]
+
+
+def test_rows_of_the_checkpoints_own_step_stay(tmp_path: Path) -> None:
+    write(tmp_path, (3, {"loss": 1.0}), (3, {"val": 2.0}), (4, {"loss": 3.0}))
+    resumed = CSVLogger(tmp_path)
+    resumed.load_state_dict({"step": 3})
+    resumed.log_metrics({"val": 4.0}, 3)
+    resumed.flush()
+    assert [row["step"] for row in rows(resumed.path)] == ["3", "3", "3"]
+
+
+def test_a_logger_that_goes_on_itself_drops_rows_in_memory_and_in_the_file(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_every=4)
+    for step in range(1, 7):  # 1 to 4 are written, 5 and 6 in memory
+        logger.log_metrics({"loss": float(step)}, step)
+    logger.load_state_dict({"step": 3})
+    logger.log_metrics({"loss": -4.0}, 4)
+    logger.finalize("finished")
+    assert [row["loss"] for row in rows(logger.path)] == ["1.0", "2.0", "3.0", "-4.0"]
+    logger.log_metrics({"loss": 2.5}, 2)  # another run of the same logger: nothing is dropped now
+    logger.finalize("finished")
+    assert [row["step"] for row in rows(logger.path)] == ["1", "2", "3", "4", "2"]
+
+
+def test_rows_are_dropped_in_one_piece_and_not_before_there_are_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = killed(tmp_path, 5)
+    before = path.read_bytes()
+    resumed = CSVLogger(tmp_path, flush_every=1)
+    resumed.load_state_dict({"step": 3})
+    resumed.flush()
+    assert path.read_bytes() == before
+
+    def fail(*_: object) -> None:
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="no"):
+            resumed.log_metrics({"loss": 4.0}, 4)
+    assert path.read_bytes() == before
+    resumed.finalize("failed")
+    assert [row["step"] for row in rows(path)] == ["1", "2", "3", "4"]
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_a_file_beside_the_table(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, "gan")
+    image = Image(torch.rand(5, 3, 8, 8), "fakes")
+    logger.log_image("fakes", image, 12)
+    path = tmp_path / "gan" / "images" / "fakes-12.png"
+    assert path.read_bytes() == image.png()
+    logger.log_image("fakes", Image(torch.zeros(8, 8)), 12)  # a resumed run overwrites
+    assert path.read_bytes() == Image(torch.zeros(8, 8)).png()
+    assert [file.name for file in path.parent.iterdir()] == ["fakes-12.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x",
+        "/etc/x",
+        "critic/fakes",
+        "critic_fakes",
+        "critic%2Ffakes",
+        "..",
+        "",
+        "a\\b",
+        "ü\0",
+    ],
+)
+def test_a_pictures_name_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    CSVLogger(tmp_path, "a", "b").log_image(name, Image(torch.rand(2, 2)), 1)
+    (found,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert found.parent == tmp_path / "a" / "b" / "images"
+    assert unquote(found.name) == f"{name}-1.png"  # so that no two names share a file
+
+
+# -- a full disk -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -197,10 +327,21 @@ def test_a_full_disk_raises_and_leaves_whole_lines(tmp_path: Path) -> None:
 )
 def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"is no name of a file: give the folder separately"):
-        CSVLogger(tmp_path / "runs", name)
+        CSVLogger(tmp_path / "runs", filename=name)
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", ".", "a/b", "/etc", "a\\b", "x\0"])
+@pytest.mark.parametrize("argument", ["name", "version"])
+def test_a_name_or_version_that_leads_out_of_its_folder_is_refused(
+    tmp_path: Path, name: str, argument: str
+) -> None:
+    with pytest.raises(ValueError, match=r"is no name of a file"):
+        CSVLogger(tmp_path, **{argument: name})
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="must be a str, got 3"):
+        CSVLogger(tmp_path, filename=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must be a str, got 3"):
         CSVLogger(tmp_path, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1"):
@@ -248,7 +389,7 @@ def test_names_with_commas_quotes_and_line_ends_read_back(tmp_path: Path) -> Non
 
 
 def test_settings_are_written_as_json_beside_the_table(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path / "runs", "critic.csv")
+    logger = CSVLogger(tmp_path, "runs", filename="critic.csv")
     logger.log_hyperparams({"lr": 0.1, "path": Path("x"), "net": {"depth": 3}})
     with open(tmp_path / "runs" / "critic.hparams.json") as file:
         assert json.load(file) == {"lr": 0.1, "path": repr(Path("x")), "net": {"depth": 3}}

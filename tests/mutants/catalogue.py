@@ -149,8 +149,8 @@ MUTANTS = (
         3,
         "each optimizer is clipped",
         "lockstep/stepper.py",
-        "            if named.gradient_clip_val is not None:\n",
-        "            if False:\n",
+        "            elif limit is not None:\n",
+        "            elif False:\n",
         (f"{LOCKSTEP}stepper.py::test_each_optimizer_is_clipped_by_its_own_rule",),
     ),
     Mutant(
@@ -167,7 +167,7 @@ MUTANTS = (
         "modes are compared at every yield",
         "lockstep/shard.py",
         "            if after != before:\n",
-        "            if False:\n",
+        "            elif False:\n",
         (f"{LOCKSTEP}guards.py::test_a_mode_left_open_across_a_yield_raises_at_the_yield",),
     ),
     Mutant(
@@ -390,7 +390,7 @@ MUTANTS = (
         "a stray StopIteration raises",
         "lockstep/shard.py",
         "                if self.generator is None:\n                    raise _stray",
-        "                if False:\n                    raise _stray",
+        "                elif False:\n                    raise _stray",
         (f"{LOCKSTEP}shard.py::test_a_stray_stop_iteration_does_not_end_training_in_silence",),
     ),
     Mutant(

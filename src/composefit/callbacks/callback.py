@@ -13,7 +13,7 @@ class Callback:
     callback in the order of that list; names and signatures are those of Lightning. A hook may
     declare fewer arguments than it is offered. All hooks of this class do nothing.
 
-    One fit calls them in this order::
+    One fit calls them in this order:
 
         setup(stage="fit")
         on_fit_start
@@ -83,6 +83,20 @@ class Callback:
         """The name of its state in a checkpoint; several of one name are numbered."""
         return type(self).__qualname__
 
+    # The module of the run; set by the trainer.
+    _module: Any = None
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        """``module.log`` of the run, within a hook."""
+        if self._module is None:
+            raise RuntimeError("self.log belongs in a hook, which a Trainer runs: none is running")
+        self._module.log(name, value, **options)
+
+    def log_dict(self, dictionary: Any, **options: Any) -> None:
+        """``module.log_dict`` of the run, within a hook."""
+        for name, value in dictionary.items():
+            self.log(name, value, **options)
+
     # -- any run -------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
@@ -151,8 +165,10 @@ class Callback:
         """
 
     def on_train_interrupted(self, trainer: Any, module: Any) -> None:
-        """Training stops within an epoch, between two steps: ``max_steps``, ``max_time``,
-        ``should_stop``. Runs before the end hooks: a state saved here goes on as if never stopped.
+        """Training stops within an epoch, between two steps.
+
+        By ``max_steps``, ``max_time`` or ``should_stop``. Runs before the end hooks: a state saved
+        here goes on as if never stopped.
         """
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
@@ -260,7 +276,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave, before ``on_fit_start`` of a resumed fit."""
+        """Take back what `state_dict` gave, before ``on_fit_start`` of a resumed fit."""
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
         """Before a checkpoint is written: ``checkpoint`` may be added to, as plain data."""

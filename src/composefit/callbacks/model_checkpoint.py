@@ -232,9 +232,9 @@ class ModelCheckpoint(Callback):
             self._interrupted = True
 
     def on_fit_end(self, trainer: Any, module: Any) -> None:
-        """After everything: only now does the state hold what the hooks of the end have done."""
+        """After a fit whose last epoch was none to save at: the final state is not lost."""
         if self._saves(trainer) and trainer.global_step > self._first_step:
-            self._write_last(trainer, again=True)
+            self._write_last(trainer)
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Save what there is, unless the end of this very step is saved already."""

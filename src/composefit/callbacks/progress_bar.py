@@ -2,50 +2,51 @@
 
 import math
 import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import warnings
+from typing import Any
 
 from rich import get_console
-from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.padding import Padding
-from rich.progress_bar import ProgressBar as Bar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from composefit.callbacks.callback import Callback
+from composefit.callbacks.progress_display import Display, open_display
+from composefit.callbacks.progress_pace import Pace
+from composefit.callbacks.progress_view import Row, View, clock, known
 
 # Drawing may take at most this part of the time, however slow the terminal or the metrics are.
 _DRAWING_SHARE = 0.01
-_BACKGROUND = "bright_black dim"
-# Wide enough for -1.234e-05, so that a metric's neighbours stay where they are.
-_VALUE_WIDTH = 10
 
 
 class ProgressBar(Callback):
-    """Shows epoch, batches, metrics, speed and time left of a run.
+    """Shows epoch, batches, losses, metrics, speed and time left of a run.
 
     In a terminal it is a live display (with `rich <https://rich.readthedocs.io>`_): one bar for the
-    epoch, under it the metrics logged with ``prog_bar=True``, and while validation runs a bar of
-    its own. What is printed meanwhile, with ``print`` or ``rich.print``, appears above it. Where
-    standard output is no terminal, plain lines come instead: one per epoch, and one every
-    ``line_interval`` seconds within a long one, without control characters.
+    epoch, under it the numbers, and while validation runs a bar of its own. What is printed
+    meanwhile, with ``print`` or ``rich.print``, appears above it. In a notebook it is one output of
+    the cell. Where standard output is neither, plain lines come instead: one per epoch, and one
+    every ``line_interval`` seconds within a long one, without control characters.
+
+    The numbers are each optimizer's loss at the last step that updated it, and what was logged with
+    ``prog_bar=True``; a loss whose optimizer's name is part of a logged name (``critic_loss``)
+    leaves its place to that.
 
     The trainer brings one along for ``enable_progress_bar=True``, and only rank zero shows it. All
     drawing happens in the hooks, on the thread that trains: there is no thread in the background,
-    and a step after which nothing is drawn costs one look at the clock. Metrics are asked for
-    (``trainer.progress_bar_metrics``, which may have to wait for a device) only when they are
-    drawn. A slow display is drawn less often, so that drawing takes at most 1 % of the time.
+    and a step after which nothing is drawn costs one look at the clock. Numbers are asked for
+    (which may have to wait for a device) only when they are drawn. A slow display is drawn less
+    often, so that drawing takes at most 1 % of the time. A display that can no longer be written
+    to, because the terminal is gone, is given up with a warning; training goes on.
 
     The speed is that of the last few seconds of training, validation left out. The time left is
-    that of the whole fit, validation included, up to ``max_epochs`` or ``max_steps``, whichever
-    comes first; without a known end there is none.
+    that of the whole fit, validation included, up to the first of its limits of epochs, steps and
+    time; without a known end there is none. Of a test, a prediction or a validation by itself, it
+    is the time of that.
+
+    In a loop of one's own it shows what the loop calls hooks for: between ``on_train_start`` and
+    ``on_train_end`` the steps, of ``max_steps`` where that is given.
 
     Args:
-        interval: Seconds between two drawings in a terminal, at least.
+        interval: Seconds between two drawings in place, at least.
         line_interval: Seconds between two plain lines within an epoch, at least.
         console: Where to draw; ``rich.get_console()`` if None.
 
@@ -70,25 +71,32 @@ class ProgressBar(Callback):
         self.interval = interval
         self.line_interval = line_interval
         self._console = console
-        self._reset()
+        self._display: Display | None = None
+        self._begin()
 
-    def _reset(self) -> None:
-        self._display: _Display | None = None
+    def _begin(self) -> None:
+        """Nothing is done yet of what is shown."""
         self._due = math.inf  # when to draw next, on the monotonic clock
-        self._pace = _Pace()
+        self._pace = Pace()
         self._epoch = 0  # the one shown: at the end of a fit the trainer's is one further
         self._epoch_batches = 0  # finished in this epoch
-        self._fit_batches = 0  # finished in this fit
-        self._validation_batches: int | None = None  # None outside validation
+        self._batches = 0  # finished in this fit, or in an evaluation by itself
+        self._losses: dict[str, Any] = {}
+        self._evaluation = ""  # what it is called; "" outside of one
+        self._evaluated = 0  # batches of it, over all loaders
         self._in_fit = False
 
+    # -- training ------------------------------------------------------------------------------
+
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Open a fresh display."""
+        """Begin a bar: at zero, or where a resumed epoch was left."""
         self._open(trainer)
         self._in_fit = True
         self._epoch = trainer.current_epoch
-        self._pace.mark(time.monotonic(), 0, trainer.samples_seen)
+        if trainer.fit_loop is not None:
+            self._epoch_batches = trainer.fit_loop.train.batch_idx
         if self._display is not None:
+            self._pace.mark(time.monotonic(), 0, trainer.samples_seen)
             if self._display.live:
                 self._draw(trainer)
             self._due = -math.inf  # the first batch starts the clock for the time left
@@ -103,56 +111,98 @@ class ProgressBar(Callback):
     ) -> None:
         """Draw, if it is time to."""
         self._epoch_batches = batch_idx + 1
-        self._fit_batches += 1
+        self._batches += 1
+        if outputs:
+            self._losses.update(outputs)
         if (now := time.monotonic()) >= self._due:
-            if self._pace.origin is None:
-                self._pace.origin = (now, _fractions_done(trainer, *self._done))
-                if self._display is not None and not self._display.live:
-                    self._due = now + self._display.interval
-                    return
-            self._draw(trainer)
+            self._draw_in_step(trainer, now)
 
-    def on_validation_start(self, trainer: Any, module: Any) -> None:
-        """Open the bar of validation, by itself if there is no fit around it."""
-        if not self._in_fit:
-            self._open(trainer)
-        self._validation_batches = 0
-        self._pace.pause(time.monotonic(), self._fit_batches, trainer.samples_seen)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Any,
-        module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw, if it is time to."""
-        # Counted here, since batch_idx starts again with each loader.
-        self._validation_batches = (self._validation_batches or 0) + 1
-        if time.monotonic() >= self._due:
-            self._draw(trainer)
-
-    def on_validation_end(self, trainer: Any, module: Any) -> None:
-        """Close the bar of validation."""
-        if self._in_fit:
-            self._validation_batches = None
-            self._pace.resume(time.monotonic())
-        else:
-            self._draw(trainer)
-            self._close()
+    def _draw_in_step(self, trainer: Any, now: float) -> None:
+        if self._pace.origin is None:
+            self._pace.origin = (now, self._fractions(trainer))
+            if self._display is not None and not self._display.live:
+                self._due = now + self._display.interval
+                return
+        self._draw(trainer)
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Write the epoch's line, where lines are written."""
-        if self._display is not None and (not self._display.live or time.monotonic() >= self._due):
+        display = self._display
+        if display is None or trainer.exception is not None:
+            return
+        if not display.live or time.monotonic() >= self._due:
             self._draw(trainer)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Leave the final state on the screen."""
-        if self._display is not None and self._display.live:
+        if trainer.exception is None and self._display is not None and self._display.live:
             self._draw(trainer, finished=True)
         self._close()
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        """Open the bar of validation, by itself if no training is around it."""
+        self._begin_evaluation(trainer, "sanity check" if trainer.sanity_checking else "validate")
+
+    def on_validation_batch_end(self, trainer: Any, module: Any) -> None:
+        """Draw, if it is time to."""
+        self._count_evaluated(trainer)
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        """Close the bar of validation."""
+        self._end_evaluation(trainer)
+
+    def on_test_start(self, trainer: Any, module: Any) -> None:
+        """Open the bar of a test."""
+        self._begin_evaluation(trainer, "test")
+
+    def on_test_batch_end(self, trainer: Any, module: Any) -> None:
+        """Draw, if it is time to."""
+        self._count_evaluated(trainer)
+
+    def on_test_end(self, trainer: Any, module: Any) -> None:
+        """Leave the final state on the screen."""
+        self._end_evaluation(trainer)
+
+    def on_predict_start(self, trainer: Any, module: Any) -> None:
+        """Open the bar of a prediction."""
+        self._begin_evaluation(trainer, "predict")
+
+    def on_predict_batch_end(self, trainer: Any, module: Any) -> None:
+        """Draw, if it is time to."""
+        self._count_evaluated(trainer)
+
+    def on_predict_end(self, trainer: Any, module: Any) -> None:
+        """Leave the final state on the screen."""
+        self._end_evaluation(trainer)
+
+    def _begin_evaluation(self, trainer: Any, name: str) -> None:
+        if self._in_fit:
+            self._pace.pause(time.monotonic(), self._batches, trainer.samples_seen)
+        else:
+            self._open(trainer)
+            self._pace.mark(time.monotonic(), 0, None)
+        self._evaluation, self._evaluated = name, 0
+
+    def _count_evaluated(self, trainer: Any) -> None:
+        # Counted here, since batch_idx starts again with each loader.
+        self._evaluated += 1
+        if (now := time.monotonic()) >= self._due:
+            if not self._in_fit and self._pace.origin is None:
+                self._pace.origin = (now, self._fractions(trainer))
+            self._draw(trainer)
+
+    def _end_evaluation(self, trainer: Any) -> None:
+        if self._in_fit:
+            self._evaluation = ""
+            self._pace.resume(time.monotonic())
+        elif trainer.exception is None and not trainer.sanity_checking:
+            # After a sanity check the display goes on with the fit.
+            self._draw(trainer, finished=True)
+            self._close()
+
+    # -- the end -------------------------------------------------------------------------------
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Leave the last drawing as it is, and the terminal as it was."""
@@ -162,317 +212,113 @@ class ProgressBar(Callback):
         """Close the display, should an error in another callback have kept it open."""
         self._close()
 
+    # -- the display ---------------------------------------------------------------------------
+
     def _open(self, trainer: Any) -> None:
-        self._close()
+        """Show something new, where a display is open already in its place."""
+        display = self._display
+        self._begin()
         if not trainer.is_global_zero:
             return
-        console = self._console or get_console()
-        # Asked of the file too: FORCE_COLOR makes a console call any file a terminal.
-        if console.is_interactive and console.file.isatty():
-            self._display = _LiveDisplay(console, self.interval)
-            self._due = -math.inf
-        else:
-            self._display = _LineDisplay(console, self.line_interval)
-            self._due = time.monotonic() + self.line_interval
+        if display is None:
+            console = self._console or get_console()
+            display = self._display = open_display(console, self.interval, self.line_interval)
+        self._due = -math.inf if display.live else time.monotonic() + display.interval
 
     def _close(self) -> None:
-        display = self._display
-        self._reset()
+        display, self._display = self._display, None
+        self._begin()
         if display is not None:
-            display.close()
+            self._guarded(display.close)
 
     def _draw(self, trainer: Any, finished: bool = False) -> None:
-        if self._display is None:
+        display = self._display
+        if display is None:
             return
         start = time.monotonic()
-        self._display.show(self._view(trainer, start, finished))
-        end = time.monotonic()
-        self._due = end + max(self._display.interval, (end - start) / _DRAWING_SHARE)
+        view = self._view(trainer, start, finished)
+        if self._guarded(display.show, view):
+            end = time.monotonic()
+            self._due = end + max(display.interval, (end - start) / _DRAWING_SHARE)
+        else:
+            self._display, self._due = None, math.inf
 
-    @property
-    def _done(self) -> tuple[int, int]:
-        return self._epoch, self._epoch_batches
+    def _guarded(self, write: Any, *arguments: Any) -> bool:
+        """Whether it could be written: a terminal that is gone must not end a training."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            warnings.warn(f"the progress bar cannot be shown any more: {error!r}", stacklevel=3)
+            return False
+        return True
 
-    def _view(self, trainer: Any, now: float, finished: bool) -> "_View":
-        view = _View(metrics=dict(trainer.progress_bar_metrics))
+    # -- what is shown -------------------------------------------------------------------------
+
+    def _view(self, trainer: Any, now: float, finished: bool) -> View:
+        view = View(self._metrics(trainer))
+        if self._evaluation:
+            total = known(trainer.num_evaluation_batches)
+            view.evaluation = Row(self._evaluation, self._evaluated, total)
         if self._in_fit:
-            if self._validation_batches is None:
-                self._pace.mark(now, self._fit_batches, trainer.samples_seen)
-            fractions = _fractions_done(trainer, *self._done)
-            view.training = _training_row(trainer, *self._done)
-            view.speed = self._pace.speed()
-            left = self._pace.left(now, fractions)
-            if finished or (left == 0 and self._validation_batches is None):
-                view.time = f"in {_clock(self._pace.elapsed(now))}"
-            elif left is not None:
-                view.time = f"{_clock(left)} left"
-        if self._validation_batches is not None:
-            total = _known(trainer.num_val_batches)
-            view.validation = _Row("validate", self._validation_batches, total)
+            view.training = self._training_row(trainer)
+            if not self._evaluation:
+                self._pace.mark(now, self._batches, trainer.samples_seen)
+        else:
+            self._pace.mark(now, self._evaluated, None)
+        view.speed = self._pace.speed()
+        left = self._pace.left(now, self._fractions(trainer))
+        if finished or (left == 0 and not self._evaluation):
+            view.time = f"in {clock(self._pace.elapsed(now))}"
+        elif left is not None:
+            view.time = f"{clock(left)} left"
         return view
 
+    def _metrics(self, trainer: Any) -> dict[str, float]:
+        metrics = dict(trainer.progress_bar_metrics)
+        if not self._losses:
+            return metrics
+        logged = trainer.logs.bar_values()
+        own = {
+            name: float(loss)
+            for name, loss in self._losses.items()
+            if not any(name in other for other in logged)
+        }
+        return {**own, **metrics}
 
-# ---------------------------------------------------------------------------------------------
-# What is shown
+    def _training_row(self, trainer: Any) -> Row:
+        epochs, steps, batches = self._limits(trainer)
+        if trainer.fit_loop is None:
+            return Row("train", trainer.global_step, steps, " steps")
+        label = f"epoch {self._epoch + 1}"
+        if epochs is not None:
+            label = f"epoch {self._epoch + 1:>{len(str(epochs))}}/{epochs}"
+        if steps is not None and (epochs is None or batches is None):
+            # Steps are then what ends the fit, and the epoch's bar might never fill.
+            return Row(label, trainer.global_step, steps, " steps")
+        return Row(label, self._epoch_batches, batches)
 
+    def _fractions(self, trainer: Any) -> list[float]:
+        """How much is done, by each of the limits that can end it."""
+        if not self._in_fit:
+            total = known(trainer.num_evaluation_batches)
+            return [self._evaluated / total] if total else []
+        fractions = []
+        epochs, steps, batches = self._limits(trainer)
+        if epochs and batches:
+            fractions.append((self._epoch + self._epoch_batches / batches) / epochs)
+        if steps:
+            fractions.append(trainer.global_step / steps)
+        loop = trainer.fit_loop
+        if loop is not None and loop.limits.max_time:
+            fractions.append(loop.limits.seconds() / loop.limits.max_time)
+        return fractions
 
-@dataclass(frozen=True)
-class _Row:
-    """One bar: so many done, of so many (None if that is not known)."""
-
-    label: str
-    done: int
-    total: int | None
-    unit: str = ""
-
-    @property
-    def count(self) -> str:
-        if self.total is None:
-            return f"{self.done}{self.unit}"
-        # As wide at the start as at the end, so that the bar beside it keeps its length.
-        return f"{self.done:>{len(str(self.total))}}/{self.total}{self.unit}"
-
-
-@dataclass
-class _View:
-    """Everything that one drawing shows."""
-
-    metrics: dict[str, float]
-    training: _Row | None = None
-    validation: _Row | None = None
-    speed: str = ""
-    time: str = ""
-
-    def facts(self) -> list[str]:
-        """What stands beside the training bar."""
-        count = [] if self.training is None else [self.training.count]
-        return [*count, *filter(None, (self.speed, self.time))]
-
-
-def _training_row(trainer: Any, epoch: int, epoch_batches: int) -> _Row:
-    epochs, steps = _known(trainer.max_epochs), _known(trainer.max_steps)
-    batches = _known(trainer.num_training_batches)
-    label = f"epoch {epoch + 1}" + ("" if epochs is None else f"/{epochs}")
-    if steps is not None and (epochs is None or batches is None):
-        # Steps are then what ends the fit, and the epoch's bar might never fill.
-        return _Row(label, trainer.global_step, steps, " steps")
-    return _Row(label, epoch_batches, batches)
-
-
-def _fractions_done(trainer: Any, epoch: int, epoch_batches: int) -> list[float]:
-    """How much of the fit is done, by each of the limits that can end it."""
-    fractions = []
-    epochs, steps = _known(trainer.max_epochs), _known(trainer.max_steps)
-    batches = _known(trainer.num_training_batches)
-    if epochs and batches:
-        fractions.append((epoch + epoch_batches / batches) / epochs)
-    if steps:
-        fractions.append(trainer.global_step / steps)
-    return fractions
-
-
-def _known(limit: float | Sequence[float] | None) -> int | None:
-    """A limit as a number; None for "no limit", which is None, -1 or infinity.
-
-    Several loaders may have one each, which add up.
-    """
-    if isinstance(limit, Sequence):
-        limit = sum(limit)
-    return None if limit is None or limit < 0 or limit == math.inf else int(limit)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _number(value: float) -> str:
-    # "#" keeps the trailing zeros of 0.6900, which else would move everything behind it.
-    return f"{float(value):#.4g}".rstrip(".")
-
-
-# ---------------------------------------------------------------------------------------------
-# How fast it goes
-
-
-@dataclass
-class _Pace:
-    """Speed and time left, from what the clock and the counters said at the last drawings."""
-
-    points: deque[tuple[float, int, int | None]] = field(default_factory=lambda: deque(maxlen=32))
-    started: float = 0.0
-    origin: tuple[float, list[float]] | None = None
-    paused: float | None = None
-
-    def mark(self, now: float, batches: int, samples: int | None) -> None:
-        if not self.points:
-            self.started = now
-        self.points.append((now, batches, samples))
-
-    def pause(self, now: float, batches: int, samples: int | None) -> None:
-        self.mark(now, batches, samples)
-        self.paused = now
-
-    def resume(self, now: float) -> None:
-        # Moving the past forward by the length of the pause takes the pause out of every speed.
-        pause = now - (now if self.paused is None else self.paused)
-        self.points = deque(((t + pause, b, s) for t, b, s in self.points), self.points.maxlen)
-        self.paused = None
-
-    def speed(self) -> str:
-        """Samples per second, or batches where samples are not counted; "" if not yet known."""
-        if not self.points:
-            return ""
-        (t0, b0, s0), (t1, b1, s1) = self.points[0], self.points[-1]
-        if t1 <= t0 or b1 <= b0:
-            return ""
-        if s0 is None or s1 is None:
-            return f"{_magnitude((b1 - b0) / (t1 - t0))} batches/s"
-        return f"{_magnitude((s1 - s0) / (t1 - t0))} samples/s"
-
-    def elapsed(self, now: float) -> float:
-        return now - self.started
-
-    def left(self, now: float, fractions: list[float]) -> float | None:
-        """Seconds until the first of the limits is reached; None if that is not known.
-
-        The origin is the end of the first batch: a resumed fit starts at more than zero, within an
-        epoch even, and the first batch (compiling, filling caches) says little about the others.
+    def _limits(self, trainer: Any) -> tuple[int | None, int | None, int | None]:
+        """Epochs and steps of the fit, batches of an epoch: the loop's, which need not be the
+        trainer's.
         """
-        if self.origin is None or len(self.origin[1]) != len(fractions):
-            return None
-        begin, begun = self.origin
-        estimates = [
-            (now - begin) * max(0.0, 1 - f) / (f - f0)
-            for f0, f in zip(begun, fractions, strict=True)
-            if f > f0
-        ]
-        return min(estimates, default=None)
-
-
-def _magnitude(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-# ---------------------------------------------------------------------------------------------
-# Where it is shown
-
-
-class _Display(Protocol):
-    """A place to show views: at most one every ``interval`` seconds."""
-
-    live: bool
-    interval: float
-
-    def show(self, view: _View) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _LineDisplay:
-    """A file, a pipe, a notebook: one plain line after the other."""
-
-    live = False
-
-    def __init__(self, console: Console, interval: float) -> None:
-        self.interval = interval
-        self._console = console
-
-    def show(self, view: _View) -> None:
-        parts = [] if view.training is None else [view.training.label, *view.facts()]
-        if view.validation is not None:
-            parts.append(f"{view.validation.label} {view.validation.count}")
-        parts += [f"{name} {_number(value)}" for name, value in view.metrics.items()]
-        # Not console.print, which breaks a line at the 80 columns that a file does not have.
-        print("  ".join(parts), file=self._console.file, flush=True)
-
-    def close(self) -> None:
-        pass
-
-
-class _LiveDisplay:
-    """A terminal: a few lines that are drawn anew in place."""
-
-    live = True
-
-    def __init__(self, console: Console, interval: float) -> None:
-        self.interval = interval
-        self._console = console
-        # Without auto_refresh there is no thread, hence nothing that could outlive the run.
-        self._live = Live(console=console, auto_refresh=False)
-
-    def show(self, view: _View) -> None:
-        self._live.update(_rendered(view, self._console.width), refresh=self._live.is_started)
-        self._live.start(refresh=True)
-
-    def close(self) -> None:
-        self._live.stop()
-
-
-def _rendered(view: _View, width: int) -> RenderableType:
-    """At most two bars of equal length, metrics under the first; no line longer than ``width``."""
-    facts = view.facts()
-    if view.training is None and view.validation is not None:
-        facts = [view.validation.count]
-    label_width = max(
-        (cell_len(row.label) for row in (view.training, view.validation) if row), default=0
-    )
-    # In a narrow terminal what matters least goes first: the speed, then the time left.
-    while len(facts) > 1 and label_width + len("  ".join(facts)) + 14 > width:
-        facts.pop(1)
-    facts_width = len("  ".join(facts))
-    # The metrics start where the bars do, if there is room.
-    indent = label_width + 2 if width >= 60 and label_width else 0
-
-    bars: list[RenderableType] = []
-    for row, style, text in (
-        (view.training, "cyan", Text("  ").join(_fact(fact) for fact in facts)),
-        (view.validation, "blue", _fact(view.validation.count if view.validation else "")),
-    ):
-        if row is not None:
-            grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
-            grid.add_column(width=label_width, no_wrap=True)
-            grid.add_column(ratio=1)
-            grid.add_column(width=facts_width, no_wrap=True)
-            grid.add_row(Text(row.label), _bar(row, style), text)
-            bars.append(grid)
-    metrics = _packed([_metric(n, v) for n, v in view.metrics.items()], width - indent)
-    # Under the first bar, so that the coming and going of the second does not move them.
-    return Group(*bars[:1], *(Padding(line, (0, 0, 0, indent)) for line in metrics), *bars[1:])
-
-
-def _bar(row: _Row, style: str) -> RenderableType:
-    return Bar(
-        total=row.total,
-        completed=row.done,
-        style=_BACKGROUND,
-        complete_style=style,
-        finished_style=style,
-        pulse_style=style,
-    )
-
-
-def _fact(fact: str) -> Text:
-    """A number and its unit, the unit in grey."""
-    text = Text(fact)
-    text.highlight_regex(r"(?<= )[a-z/]+$|^in ", style="bright_black")
-    return text
-
-
-def _metric(name: str, value: float) -> Text:
-    return Text.assemble((f"{name} ", "bright_black"), _number(value).ljust(_VALUE_WIDTH))
-
-
-def _packed(items: list[Text], width: int) -> list[Text]:
-    """Lines of whole items: none is broken, one that is wider than the line is cut."""
-    lines: list[Text] = []
-    for item in items:
-        if lines and lines[-1].cell_len + 2 + item.cell_len <= width:
-            lines[-1] = lines[-1] + Text("  ") + item
-        else:
-            lines.append(item)
-    for line in lines:
-        line.no_wrap, line.overflow = True, "ellipsis"
-        line.rstrip()
-    return lines
+        loop = trainer.fit_loop
+        if loop is None:
+            return None, known(trainer.max_steps), None
+        limits = loop.limits
+        return known(limits.max_epochs), known(limits.max_steps), known(loop.train.batches.number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -66,7 +65,7 @@ def _in_state_dict(
 
 
 def tensors_of(module: nn.Module, prefix: str, buffers: bool) -> dict[str, Tensor]:
-    """Name -> parameter, tied ones once; with `buffers` also the floating-point ones of these."""
+    """Name -> parameter, tied ones once, and with `buffers` floating-point buffers as well."""
     found: dict[str, Tensor] = dict(module.named_parameters(prefix))
     if buffers:
         found.update((n, b) for n, b in module.named_buffers(prefix) if b.is_floating_point())
@@ -77,15 +76,12 @@ def substitute(
     module: nn.Module, state: dict[str, Any], values: Mapping[str, Tensor], prefix: str = ""
 ) -> None:
     """Put values in the place of tensors in a state dict, under every name that these have."""
-    by_tensor = {
-        id(tensor): values[name]
-        for name, tensor in tensors_of(module, "", buffers=True).items()
-        if name in values
-    }
-    for name, tensor in itertools.chain(
-        module.named_parameters(remove_duplicate=False),
-        module.named_buffers(remove_duplicate=False),
-    ):
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    by_tensor = {id(tensor): values[name] for name, tensor in named if name in values}
+    for name, tensor in named:
         if id(tensor) in by_tensor and prefix + name in state:
             state[prefix + name] = by_tensor[id(tensor)].to(tensor.dtype, copy=True)
 

@@ -168,7 +168,6 @@ class IndexIterator:
             if not has_state(self._indices.sampler):
                 self.pass_over(state["drawn"])
         else:
-            seed_generators(key_of(self._indices.key, _SAMPLER, 0))
             self._iterator.load_state_dict(own)
         self._drawn = state["drawn"]
 

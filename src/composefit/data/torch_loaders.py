@@ -106,8 +106,7 @@ class TorchLoader:
                 raise error
         except Exception as error:
             self._failed = True
-            workers = [worker for one in self._iterators for worker in one._workers]
-            found = explained(error, self.name, number, epoch, workers)
+            found = self._explained(error, number, epoch)
             if found is error:
                 raise
             raise found from error
@@ -155,6 +154,16 @@ class TorchLoader:
                     "on before the run was resumed: has the data changed?"
                 )
         return iterator
+
+    def _explained(self, error: Exception, number: int, epoch: int) -> Exception:
+        workers = [worker for one in self._iterators for worker in one._workers]
+        try:
+            return explained(error, self.name, number, epoch, workers)
+        except RuntimeError as other:
+            # torch's handler of the signal that a worker died raises wherever it is called.
+            if not died(other):
+                raise
+            return explained(error, self.name, number, epoch, workers)
 
     def _start_anew(self, seed: int, epoch: int) -> Iterator[Any]:
         self._loaded = {

@@ -16,8 +16,8 @@ from composefit.lockstep.crossings import Crossing
 from composefit.lockstep.gradients import Gradients
 from composefit.lockstep.shard import Shard
 from composefit.lockstep.streams import ONCE
+from composefit.logged import Context
 from composefit.losses import Loss
-from composefit.module import Context
 from composefit.random import SampleRandom, Stream, hash_key
 
 if TYPE_CHECKING:

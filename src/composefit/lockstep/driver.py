@@ -31,7 +31,8 @@ from composefit.lockstep.scatter import Part, batch_size, scatter
 from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import Stepper
 from composefit.lockstep.streams import ONCE, SHARD, DefaultGenerators
-from composefit.module import Context, LoopModule, has_helpers
+from composefit.logged import Context
+from composefit.module import LoopModule, has_helpers
 from composefit.precision import Precision
 from composefit.random import (
     GlobalGenerators,

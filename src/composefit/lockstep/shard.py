@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from composefit.effects import Effect
 from composefit.lockstep import guards
 from composefit.lockstep.guards import Place
+from composefit.logged import Context
 from composefit.losses import Loss
-from composefit.module import Context
 from composefit.random import SampleRandom
 from composefit.replicas import Replica
 from composefit.steps import Helper, as_effect, dropped_helper, watch_helpers

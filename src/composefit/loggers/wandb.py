@@ -174,7 +174,7 @@ class WandbLogger(Logger):
     def _begin(self) -> Run:
         wandb = require("wandb", "wandb")
         self._cut_off()
-        self.save_dir.mkdir(parents=True, exist_ok=True)  # else W&B takes a temporary folder
+        self.save_dir.mkdir(parents=True, exist_ok=True)  # else W&B warns
         arguments = {"dir": str(self.save_dir), "config": self._params or None, **self._init}
         if self.id is not None:
             arguments |= {"id": self.id, "resume": "allow"}

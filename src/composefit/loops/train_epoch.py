@@ -80,7 +80,7 @@ class TrainEpochLoop(Loop):
         self.interrupted = self._ended = False
         within = self.batch_idx > 0
         with call.span(
-            "on_train_epoch_start", "on_train_epoch_end", settle=trainer.write_epoch, begun=within
+            "on_train_epoch_start", "on_train_epoch_end", settle=trainer.settle_epoch, begun=within
         ):
             if self._due():
                 self._validate(trainer, module)  # interrupted before, or by what resumes now

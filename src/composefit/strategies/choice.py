@@ -75,7 +75,7 @@ def _on(kind: str, devices: object) -> Strategy:
     if number in (None, 1):
         return SingleDevice(kind)
     raise ValueError(
-        f"devices={devices!r}: one {kind} device can be used, write devices=1 or a list of one index"
+        f"devices={devices!r}: one {kind} device can be used: write devices=1, or a list of one"
     )
 
 
