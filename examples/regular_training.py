@@ -40,7 +40,7 @@ def main(strategy: Strategy | None = None, epochs: int = 10) -> float:
     torch.manual_seed(0)
     trainer = Trainer(strategy=strategy or SingleDevice(), max_epochs=epochs)
     trainer.fit(Classifier(), rings(2000, seed=1), rings(500, seed=2))
-    return trainer.callback_metrics["accuracy"]
+    return trainer.callback_metrics["accuracy"].item()
 
 
 if __name__ == "__main__":

@@ -183,6 +183,8 @@ def test_plateaus_are_those_of_this_epochs_validation(strategy: Make) -> None:
     rates: list[float] = []
 
     class Rates(Callback):
+        saves_state = True  # a scheduler that looks at a value steps before these
+
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             rates.append(trainer.optimizers["optimizer"].optimizer.param_groups[0]["lr"])
 

@@ -102,7 +102,7 @@ def _refuse_transfers(datamodule: DataModule) -> None:
         if hasattr(datamodule, name):
             raise TypeError(
                 f"{type(datamodule).__name__}.{name} is no hook that is called: do it in the "
-                "dataset or its collate_fn, or in the step"
+                "data loader, or in the step"
             )
 
 

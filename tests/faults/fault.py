@@ -1,8 +1,10 @@
 """What the tests of faults share: how an error must surface, and what must hold afterwards."""
 
+import gc
 import re
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +40,15 @@ class Surfaced:
         self.text = f"{error}\n{self.notes}"
         frames = traceback.extract_tb(error.__traceback__)
         self.line = next((f.line for f in reversed(frames) if f.filename == file), "")
+
+    def forget(self) -> None:
+        """Let go of the error, and of what torch left in its traceback: it opens files and
+        leaves them open while it looks for the reason of a worker's death.
+        """
+        del self.error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What is about to be trained, and by which optimizer: two tables before training starts."""
 
 from collections.abc import Iterable
-from io import StringIO
 from typing import Any
 
 from rich import box, get_console
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from composefit.callbacks.callback import Callback
+from composefit.callbacks.printing import print_table
 
 
 class ModelSummary(Callback):
@@ -26,8 +26,8 @@ class ModelSummary(Callback):
     ``trainer.describe_batch(batch)`` tells (None where the size of a batch is not known).
 
     The trainer brings one along for ``enable_model_summary=True``; it is printed by rank zero, in
-    ``on_fit_start``, after ``configure_optimizers``. Without a terminal the tables are plain text
-    as wide as they need to be.
+    the first ``on_fit_start`` of a run, after ``configure_optimizers``. Without a terminal the
+    tables are plain text as wide as they need to be.
 
     Args:
         console: Where to print; ``rich.get_console()`` if None.
@@ -35,16 +35,24 @@ class ModelSummary(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
+        self._is_due = False
+        self._describe_next_batch = False
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        """Once in a run, however often its loop trains."""
+        self._is_due = trainer.is_global_zero
         self._describe_next_batch = False
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Print both tables."""
-        if not trainer.is_global_zero:
+        if not self._is_due:
             return
+        self._is_due = False
         console = self._console or get_console()
-        _print(console, Padding(_children_table(module), (1, 1)))
+        print_table(console, Padding(_children_table(module), (1, 1)))
         if trainer.optimizers:
-            _print(console, Padding(_optimizers_table(module, trainer.optimizers), (0, 1, 1, 1)))
+            content = Padding(_optimizers_table(module, trainer.optimizers), (0, 1, 1, 1))
+            print_table(console, content)
         self._describe_next_batch = True
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
@@ -53,13 +61,9 @@ class ModelSummary(Callback):
             self._describe_next_batch = False
             cut = trainer.describe_batch(batch)
             if cut is not None:
-                line = Text.assemble(("  one batch  ", "bright_black"), cut)
+                line = Text.assemble(("  one batch  ", "bright_black"), cut, "\n")
                 # Through the console, since a progress bar may be on it already.
-                _print(self._console or get_console(), line)
-
-    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """Forget the batch that did not come."""
-        self._describe_next_batch = False
+                print_table(self._console or get_console(), line)
 
 
 def _children_table(module: nn.Module) -> Table:
@@ -120,15 +124,3 @@ def _count(parameters: list[nn.Parameter]) -> str:
     count = f"{sum(p.numel() for p in parameters if not is_lazy(p)):,}"
     # A lazy module's parameters have no shape before its first forward.
     return f"{count} + lazy" if any(map(is_lazy, parameters)) else count
-
-
-def _print(console: Console, content: Padding | Text) -> None:
-    if console.is_terminal and console.file.isatty():
-        console.print(content)
-        return
-    # A file has no width to fit into, and a console asked for colour gives it to files too.
-    wide = Console(file=StringIO(), width=10_000, color_system=None, force_terminal=False)
-    with wide.capture() as capture:
-        wide.print(content)
-    lines = (line.rstrip() for line in capture.get().splitlines())
-    print("\n".join(lines), file=console.file, flush=True)

@@ -145,7 +145,7 @@ class ProgressBar(Callback):
         """Open the bar of validation, by itself if no training is around it."""
         self._begin_evaluation(trainer, "sanity check" if trainer.sanity_checking else "validate")
 
-    def on_validation_batch_end(self, trainer: Any, module: Any) -> None:
+    def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         """Draw, if it is time to."""
         self._count_evaluated(trainer)
 
@@ -157,7 +157,7 @@ class ProgressBar(Callback):
         """Open the bar of a test."""
         self._begin_evaluation(trainer, "test")
 
-    def on_test_batch_end(self, trainer: Any, module: Any) -> None:
+    def on_test_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         """Draw, if it is time to."""
         self._count_evaluated(trainer)
 
@@ -169,7 +169,7 @@ class ProgressBar(Callback):
         """Open the bar of a prediction."""
         self._begin_evaluation(trainer, "predict")
 
-    def on_predict_batch_end(self, trainer: Any, module: Any) -> None:
+    def on_predict_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
         """Draw, if it is time to."""
         self._count_evaluated(trainer)
 
@@ -274,7 +274,8 @@ class ProgressBar(Callback):
         return view
 
     def _metrics(self, trainer: Any) -> dict[str, float]:
-        metrics = dict(trainer.progress_bar_metrics)
+        values = trainer.progress_bar_metrics.items()
+        metrics = {name.replace("/dataloader_idx_", "/"): value for name, value in values}
         if not self._losses:
             return metrics
         logged = trainer.logs.bar_values()
@@ -314,9 +315,7 @@ class ProgressBar(Callback):
         return fractions
 
     def _limits(self, trainer: Any) -> tuple[int | None, int | None, int | None]:
-        """Epochs and steps of the fit, batches of an epoch: the loop's, which need not be the
-        trainer's.
-        """
+        """Epochs and steps of the fit, batches of an epoch: the loop's, if it has its own."""
         loop = trainer.fit_loop
         if loop is None:
             return None, known(trainer.max_steps), None

@@ -1,6 +1,7 @@
 """Where a progress bar is shown: a terminal, a notebook, or a file."""
 
 import sys
+from collections.abc import Callable
 from io import StringIO
 from typing import Any, Protocol
 
@@ -97,7 +98,7 @@ class NotebookDisplay:
         from IPython.display import display
 
         self.interval = interval
-        self._display = display
+        self._display: Callable[..., Any] = display
         self._handle: Any = None
 
     def show(self, view: View) -> None:
@@ -126,5 +127,5 @@ class NotebookDisplay:
 
 _HTML = (
     '<pre style="white-space:pre;overflow-x:auto;line-height:normal;'
-    'font-family:Menlo,\'DejaVu Sans Mono\',Consolas,monospace">{code}</pre>'
+    "font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace\">{code}</pre>"
 )

@@ -311,7 +311,7 @@ class Lockstep:
             with suppress(Exception):
                 shards[0].blame(error)
         messages.note(error, note)
-        for hint in guards.hints(error, [shard.known_samples for shard in shards]):
+        for hint in guards.hints(error, shards, self.microbatch):
             messages.note(error, hint)
         for beside in messages.raised_as_well(error, failed[1:]):
             messages.note(error, beside)

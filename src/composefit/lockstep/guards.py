@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
 from types import CodeType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from composefit.losses import Loss, as_loss
+
+if TYPE_CHECKING:
+    from composefit.lockstep.shard import Shard
 
 _NAMES = (
     "grad mode",
@@ -99,6 +102,7 @@ class Ambient:
 
 _STALE = re.compile("modified by an inplace operation")
 _ONE_SAMPLE = re.compile("Expected more than 1 (value per channel|spatial element) when training")
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|std::bad_alloc")
 _FREED = re.compile("backward through the graph a second time|saved tensors after they have")
 
 
@@ -217,19 +221,56 @@ def refuse_hooks(parameters: Sequence[Parameter], name: str) -> None:
         )
 
 
-def hints(error: BaseException, samples: Sequence[int | None]) -> Iterator[str]:
-    """What to do about errors of torch's that come of cutting a batch.
+def hints(error: BaseException, shards: Sequence[Shard], microbatch: int | None) -> Iterator[str]:
+    """What to do about errors of torch's that come of how a batch was cut.
 
     Args:
         error: what was raised in a shard.
-        samples: of the step's shards, where they are known.
+        shards: those of the step.
+        microbatch: no shard holds more samples than this; None for no limit.
     """
+    samples = [shard.known_samples for shard in shards]
     if 1 in samples and len(samples) > 1 and _ONE_SAMPLE.search(str(error)):
         yield (
             "a shard of this step holds a single sample, which BatchNorm cannot train on: set "
             "samples_per_group = 2 on the module, so that no shard gets less (and drop_last=True "
             "on the loader, where its last batch may hold one sample)"
         )
+    if _is_out_of_memory(error):
+        yield _less_memory(shards, microbatch)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a device, of Python's or NumPy's, or of torch's allocator on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def _less_memory(shards: Sequence[Shard], microbatch: int | None) -> str:
+    sizes: list[int] = []
+    with suppress(Exception):  # of a single shard nobody has asked the size, nor need it be known
+        sizes = [shard.samples for shard in shards]
+    if not sizes:
+        return (
+            f"memory ran out in a step of {len(shards)} shards (microbatch_size={microbatch}): "
+            "write Trainer(microbatch_size=...), at most so many samples in a shard"
+        )
+    low, high = min(sizes), max(sizes)
+    each = f"{low}" if low == high else f"{low} to {high}"
+    held = (
+        f"memory ran out in a step of {sum(sizes)} samples in {len(sizes)} "
+        f"shard{'s' * (len(sizes) > 1)} of {each} (microbatch_size={microbatch}): "
+    )
+    if high == 1:
+        return held + (
+            "a shard cannot hold less than one sample, so compute in less memory, with "
+            'precision="bf16-mixed" or torch.utils.checkpoint'
+        )
+    return held + (
+        f"write Trainer(microbatch_size={(high + 1) // 2}), which makes the same update from "
+        "shards of at most so many samples; a smaller batch needs less, too"
+    )
 
 
 class StaleGraphError(RuntimeError):
