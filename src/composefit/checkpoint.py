@@ -6,6 +6,7 @@ a safe load could not read back; and one that was cut short or changed since is 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -69,6 +70,7 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
         What was saved.
 
     Raises:
+        ValueError: `path` is an address.
         FileNotFoundError: there is no such file.
         RuntimeError: the file is damaged (cut short, or a bit has flipped), or is no checkpoint of
             plain data. Nothing was loaded.
@@ -76,6 +78,7 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     Source: each record's CRC-32, which the zip format of `torch.save` carries and `torch.load`
     does not look at.
     """
+    refuse_address(path)
     # Opened once, so that what is loaded is what was verified.
     with open(path, "rb") as file:
         _verify(file, Path(path))
@@ -85,13 +88,24 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
             # Not chained: torch's text recommends weights_only=False, which runs the file's code.
             raise RuntimeError(
                 f"{path} was not loaded: it asks for {_foreign(file)}, and a checkpoint holds "
-                "plain data only. None of its code was run"
+                "plain data only. None of its code was run: use another file, or save its tensors "
+                "and numbers anew"
             ) from None
         except Exception as error:
             raise RuntimeError(f"{path} could not be loaded: {error}") from error
     if not isinstance(state, dict):
         raise RuntimeError(f"{path} is no checkpoint: it holds a {type(state).__name__}, no dict")
     return state
+
+
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Refuse an address in place of a file: what is fetched from elsewhere is the user's choice.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if "://" in str(path):
+        raise ValueError(f"'{path}' is an address, and checkpoints are files: download it first")
 
 
 def of_trainer(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
@@ -138,8 +152,17 @@ def load_module(
     """
     difference = module_difference(module, weights, strict)
     if difference:
-        raise RuntimeError(f"{path} does not fit {type(module).__name__}: {difference}")
+        raise misfit(module, difference, path)
     module.load_state_dict(weights, strict=False)
+
+
+def misfit(module: nn.Module, difference: str, path: str | os.PathLike[str]) -> RuntimeError:
+    """The error for weights that do not fit a module."""
+    return RuntimeError(
+        f"{path} does not fit {type(module).__name__}: {difference}. Nothing was loaded: make the "
+        "module as it was (the checkpoint has its hyper_parameters), or take the names that both "
+        "have with load_from_checkpoint(path, strict=False)"
+    )
 
 
 def module_difference(module: nn.Module, weights: dict[str, Any], strict: bool = True) -> str:
@@ -255,7 +278,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.close()
         os.replace(file.name, path)
     except BaseException as error:
-        error.add_note(f"while {path} was written; what was there before is unchanged")
+        cure = _cure(error) if isinstance(error, OSError) else ""
+        error.add_note(f"while {path} was written; what was there before is unchanged{cure}")
         if file is not None:
             with suppress(OSError):
                 os.unlink(file.name)
@@ -293,6 +317,14 @@ def plain_name(name: str) -> str:
     if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
         raise ValueError(f"{name!r} is no name of a file: give the folder separately")
     return name
+
+
+def _cure(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ". Choose a folder in which this user may write"
+    if error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        return ". The disk is full, or a quota: make room, or choose another folder"
+    return ""
 
 
 def _open_temporary(path: Path) -> BinaryIO:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torchmetrics import Metric
 
 from composefit import tree
 from composefit.data import Batches
@@ -39,6 +42,7 @@ class Evaluation:
         self._drivers: dict[str, Lockstep] = {}
         self._name = "validation"
         self._joins = True
+        self._suffix = ""  # of what the loader's steps log, where there are several
         self._at_most = -1  # batches of each loader; -1 for all
 
     def forget(self) -> None:
@@ -60,8 +64,9 @@ class Evaluation:
         """
         trainer, call = self.trainer, self.trainer.call
         modes = {part: part.training for part in module.modules()}
+        metrics = [_Metric(part) for part in modes if isinstance(part, Metric)]
         module.eval()
-        self._name = name
+        self._name, self._suffix = name, ""
         numbers = [one.number for one in loaders]
         if self._at_most >= 0:
             numbers = [min(number, self._at_most) for number in numbers]
@@ -73,11 +78,21 @@ class Evaluation:
             or call.takes(f"on_{name}_epoch_end", 1)
         )
         quiet = torch.inference_mode() if trainer.inference_mode else torch.no_grad()
+        began = time.monotonic()
         try:
             with quiet, trainer.hearing(self.logs), trainer.profiled_as(name):
                 yield
+            if self.sanity_checking:
+                _put_back(metrics)
+        except BaseException:
+            # It begins anew when the run is resumed: what it has counted would count twice.
+            self.logs.forget_epoch()
+            _put_back(metrics)
+            raise
         finally:
             self._joins = True
+            if trainer.training is not None:
+                trainer.training.pause(time.monotonic() - began)
             for part, training in modes.items():
                 part.training = training
 
@@ -91,10 +106,11 @@ class Evaluation:
         driver.dataloader_idx = dataloader_idx
         several = len(self.numbers) > 1
         driver.log_suffix = f"/dataloader_idx_{dataloader_idx}" if several else ""
+        self._suffix = driver.log_suffix
         shards = driver.step([batch], batch_idx, batch_idx)
         self.logs.add(shards)
         if (batch_idx + 1) % trainer.log_every_n_steps == 0 and not self.sanity_checking:
-            trainer.write(self.logs.step_values())
+            trainer.write(self.logs.take_steps())
         outputs = [shard.output for shard in shards]
         if len(outputs) == 1:
             return outputs[0]
@@ -107,6 +123,8 @@ class Evaluation:
             yield batch
             if i + 1 == self._at_most:
                 break
+        if self._suffix:
+            self.logs.end_loader(self._suffix)
 
     @contextmanager
     def sanity_check(self, batches: int) -> Iterator[None]:
@@ -139,7 +157,33 @@ class Evaluation:
         found: list[dict[str, float]] = [{} for _ in self.numbers]
         for name, value in self.logs.all_values().items():
             _, mark, index = name.rpartition("/dataloader_idx_")
-            own = [found[int(index)]] if mark and index.isdecimal() else found
+            of_one = mark and index.isdecimal() and int(index) < len(found)
+            own = [found[int(index)]] if of_one else found
             for one in own:
                 one[name] = value
         return found
+
+
+class _Metric:
+    """The state of a metric before an evaluation."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.states = {name: _copied(getattr(metric, name)) for name in metric._defaults}
+        self.updates = metric._update_count
+
+    def put_back(self) -> None:
+        for name, value in self.states.items():
+            setattr(self.metric, name, value)
+        self.metric._update_count = self.updates
+        self.metric._computed = None
+
+
+def _copied(state: Any) -> Any:
+    """A tensor may be added to in place; to a list something is appended."""
+    return state.clone() if isinstance(state, Tensor) else list(state)
+
+
+def _put_back(metrics: list[_Metric]) -> None:
+    for one in metrics:
+        one.put_back()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -279,6 +280,10 @@ class History(Logger):
         """Seconds trained so far."""
         return self._before + (0.0 if self._since is None else time.monotonic() - self._since)
 
+    def last_step(self, name: str) -> int:
+        """The last step at which this was logged; 0 where it never was."""
+        return self.tracks[name].columns["step"][-1] if name in self.tracks else 0
+
     @property
     def step(self) -> int:
         """The last step at which something was logged; 0 before the first."""
@@ -286,8 +291,13 @@ class History(Logger):
 
     @property
     def epoch(self) -> int:
-        """The last epoch in which something was logged, from 0."""
-        return max((one.columns["epoch"][-1] for one in self.tracks.values()), default=0)
+        """The epoch of the last step at which something was logged, from 0.
+
+        What is logged between two epochs, or after the last, does not make it a later one.
+        """
+        last = self.step
+        at_last = [one.columns for one in self.tracks.values() if one.columns["step"][-1] == last]
+        return min((at["epoch"][bisect_left(at["step"], last)] for at in at_last), default=0)
 
     # -- state ---------------------------------------------------------------------------------
 

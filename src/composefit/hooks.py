@@ -133,15 +133,12 @@ class HookCaller:
             if _written(one, Callback, name)
         )
 
-    def __call__(
-        self, name: str, *arguments: Any, settle: Callable[[], None] | None = None
-    ) -> bool:
+    def __call__(self, name: str, *arguments: Any) -> bool:
         """Run all hooks of this name.
 
         Args:
             name: the hook.
             arguments: what it is offered.
-            settle: called before the hooks of callbacks that save state.
 
         Returns:
             Whether one of them returned -1.
@@ -150,11 +147,38 @@ class HookCaller:
         minus_one = False
         if found.first:
             minus_one = self._run(name, found.first, arguments)
-        if settle is not None:
-            settle()
         if found.savers:
             minus_one = self._run(name, found.savers, arguments) or minus_one
         return minus_one
+
+    def end(
+        self,
+        name: str,
+        arguments: tuple[Any, ...],
+        settle: Callable[[], None] | None,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Run all end hooks of this name, those after one that raises as well.
+
+        Args:
+            name: the hook.
+            arguments: what it is offered.
+            settle: called before the hooks of callbacks that save state.
+            failed: told of an error before the hooks that are left run.
+        """
+        found = self._hooks(name, len(arguments))
+        first, savers = iter(found.first), iter(found.savers)
+        try:
+            if found.first:
+                self._run(name, first, arguments)
+            if settle is not None:
+                settle()
+            if found.savers:
+                self._run(name, savers, arguments)
+        except BaseException as error:
+            failed(error)
+            self._despite(error, name, [*first, *savers], arguments)
+            raise
 
     def span(
         self,
@@ -191,7 +215,8 @@ class HookCaller:
         Its `outputs` are set within the span and given to the end hooks.
         """
         own = [(batch, i, *more) for i, batch in enumerate(batches, first)]
-        return Span(self, f"on_{stage}_batch_start", f"on_{stage}_batch_end", own, gives=True)
+        begin, end = f"on_{stage}_batch_start", f"on_{stage}_batch_end"
+        return Span(self, begin, end, own, restores=stage != "train", gives=True)
 
     def fail(self, error: BaseException) -> None:
         """A run ends by this error: callbacks are told, once, whatever they raise themselves."""
@@ -203,8 +228,12 @@ class HookCaller:
 
     def despite(self, error: BaseException, name: str, *arguments: Any) -> None:
         """Run hooks after an error, which one of their own must not hide."""
-        found = self._hooks(name, len(arguments))
-        for hook in found.all:
+        self._despite(error, name, self._hooks(name, len(arguments)).all, arguments)
+
+    def _despite(
+        self, error: BaseException, name: str, hooks: Iterable[Callable[..., Any]], arguments: Any
+    ) -> None:
+        for hook in hooks:
             try:
                 self._run(name, [hook], arguments)
             except Exception as other:
@@ -215,7 +244,7 @@ class HookCaller:
         found = self._hooks(name, len(arguments))
         return [partial(self._run, name, [hook], arguments) for hook in found.all]
 
-    def _run(self, name: str, hooks: Sequence[Callable[..., Any]], arguments: Any) -> bool:
+    def _run(self, name: str, hooks: Iterable[Callable[..., Any]], arguments: Any) -> bool:
         context, state = self._context, vars(self._module)
         context.training = name in _IN_A_STEP
         context.logs = {}
@@ -313,10 +342,13 @@ class Span:
 
     def __enter__(self) -> Span:
         if not self._begun:
+            begun = 0
             try:
                 for arguments in self._arguments:
+                    begun += 1
                     self.skipped = self._call(self._begin, *arguments) or self.skipped
             except BaseException as error:
+                self._arguments = self._arguments[:begun]
                 self._failed(error)
                 raise
         return self
@@ -333,7 +365,7 @@ class Span:
         call, left = self._call, list(self._arguments)
         try:
             while left:
-                call(self._end, *self._offered(left.pop(0)), settle=self._settle)
+                call.end(self._end, self._offered(left.pop(0)), self._settle, self._tell)
         except BaseException as raised:
             self._arguments = left
             self._failed(raised)
@@ -342,11 +374,14 @@ class Span:
     def _offered(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.outputs, *arguments) if self._gives else arguments
 
+    def _tell(self, error: BaseException) -> None:
+        self._call.exception = error
+        if not self._restores:
+            self._call.fail(error)
+
     def _failed(self, error: BaseException) -> None:
         call = self._call
-        call.exception = error
-        if not self._restores:
-            call.fail(error)
+        self._tell(error)
         for arguments in self._arguments:
             call.despite(error, self._end, *self._offered(arguments))
 

@@ -71,6 +71,8 @@ def log_options(
     """
     if not on_step and not on_epoch:
         raise ValueError("self.log(on_step=False, on_epoch=False) logs nothing: one must be True")
+    if isinstance(reduce_fx, str):  # as in Lightning
+        reduce_fx = {"avg": "mean"}.get(reduce_fx.lower(), reduce_fx.lower())
     reduce = _REDUCTIONS.get(reduce_fx, reduce_fx)
     if not callable(reduce) and reduce not in _REDUCTIONS:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torchmetrics import Metric
 
 from composefit.images import Image
 from composefit.logged import Context, Logged, LogOptions, Reduce
-from composefit.losses import SUMMED, Loss
+from composefit.losses import SUMMED, Loss, describe
 
 
 class LoggingShard(Protocol):
@@ -37,6 +38,7 @@ class Logs:
     def __init__(self) -> None:
         self._options: dict[str, LogOptions] = {}
         self._steps: dict[str, _StepValue] = {}
+        self._fresh: dict[str, None] = {}  # those of the steps that no logger has got yet
         self._epochs: dict[str, _Running] = {}
         self._finished: dict[str, float] = {}  # the last epoch's
         self._unwritten: dict[str, float] = {}
@@ -63,7 +65,7 @@ class Logs:
         for name, logged in logs.items():
             value: _StepValue
             if isinstance(logged.value, Image):
-                self._images[name] = logged.value
+                self._keep_image(name, logged)
                 continue
             if isinstance(logged.value, Metric):
                 value = _MetricValue(logged.value)
@@ -76,14 +78,15 @@ class Logs:
         first, logged = entries[0]
         options = logged.options
         value = logged.value
-        plain = type(value) is float or not isinstance(value, Metric)
-        if not plain:
+        plain = type(value) is float or not isinstance(value, (Metric, Image))
+        if not plain and isinstance(value, Metric):
             self._put(name, options, _MetricValue(first.owners(value)))
-        elif type(value) is Image:  # once, not once per shard
-            self._images[name] = value
+        elif not plain:  # once, not once per shard
+            self._keep_image(name, logged)
         elif len(entries) == 1 and not options.on_epoch:  # nobody needs a weight
             self._options[name] = options
             self._steps[name] = _Value([(value, 1)], options.reduce)
+            self._fresh[name] = None
         else:
             weighted = [(one.value, _weight(one, shard, entries)) for shard, one in entries]
             self._put(name, options, _Value(weighted, options.reduce))
@@ -92,13 +95,36 @@ class Logs:
         self._options[name] = options
         if options.on_step:
             self._steps[name] = value
+            self._fresh[name] = None
         if options.on_epoch or isinstance(value, _MetricValue):
-            self._epochs.setdefault(name, _Running(options.reduce)).add(value)
+            running = self._epochs.get(name)
+            if running is None:
+                running = self._epochs[name] = _Running(options.reduce)
+            # A function is not in a checkpoint: from here on it is known again.
+            running.reduce = options.reduce
+            running.add(value)
+
+    def _keep_image(self, name: str, logged: Logged) -> None:
+        if logged.options.logger:
+            self._images[name] = logged.value
 
     # -- reading -------------------------------------------------------------------------------
 
+    def __contains__(self, name: str) -> bool:
+        """Whether something was logged under this name."""
+        return name in self._options
+
+    def take_steps(self) -> dict[str, float]:
+        """What was logged per step since the last call, for loggers; waits for the device."""
+        found, self._fresh = self._fresh, {}
+        return {
+            self._name(name, "_step"): self._steps[name].read()
+            for name in found
+            if self._options[name].logger
+        }
+
     def step_values(self) -> dict[str, float]:
-        """The last value of everything logged per step, for loggers; waits for the device."""
+        """The last value of everything logged per step, as a logger sees it."""
         return {
             self._name(name, "_step"): value.read()
             for name, value in self._steps.items()
@@ -126,6 +152,30 @@ class Logs:
                 self._finished[name] = value
                 if options.logger:
                     self._unwritten[self._name(name, "_epoch")] = value
+
+    def end_loader(self, suffix: str) -> None:
+        """The last batch of one of several loaders is done.
+
+        A metric that was logged for this loader has its value, and is empty for the next one: it
+        may be the same metric.
+
+        Args:
+            suffix: of the names of what was logged for it.
+        """
+        ended = {name: one for name, one in self._epochs.items() if name.endswith(suffix)}
+        metrics = {name: one.metric.metric for name, one in ended.items() if one.metric is not None}
+        for name in metrics:
+            value = ended[name].end()
+            if name in self._steps:
+                self._steps[name] = _Number(value)
+        for metric in metrics.values():
+            metric.reset()
+
+    def forget_epoch(self) -> None:
+        """Leave the epoch that was begun: nothing of it counts."""
+        self._epochs.clear()
+        self._fresh.clear()
+        self._images.clear()
 
     def take_images(self) -> dict[str, Image]:
         """The pictures that came since the last call, the last of each name."""
@@ -162,9 +212,9 @@ class Logs:
         found = {}
         for name, options in self._options.items():
             if options.prog_bar and name in self._steps:
-                found[name] = self._steps[name].read()
-            elif options.prog_bar and name in self._finished:
-                found[name] = self._finished[name]
+                found[self._name(name, "_step")] = self._steps[name].read()
+            if options.prog_bar and name in self._finished:
+                found[self._name(name, "_epoch")] = self._finished[name]
         return found
 
     # -- state ---------------------------------------------------------------------------------
@@ -177,26 +227,26 @@ class Logs:
         """
         metrics = {id(part): name for name, part in module.named_modules()}
         options = {
-            name: [one.prog_bar, one.logger, one.on_step, one.on_epoch, one.reduce]
+            name: [one.prog_bar, one.logger, one.on_step, one.on_epoch, _reduce_name(one.reduce)]
             for name, one in self._options.items()
-            if isinstance(one.reduce, str)
         }
         return {
             "options": options,
-            "steps": {name: self._steps[name].read() for name in options if name in self._steps},
-            "finished": {name: v for name, v in self._finished.items() if name in options},
-            "epochs": {
-                name: running.state(metrics)
-                for name, running in self._epochs.items()
-                if name in options
-            },
+            "steps": {name: value.read() for name, value in self._steps.items()},
+            "fresh": list(self._fresh),
+            "finished": dict(self._finished),
+            "epochs": {name: running.state(metrics) for name, running in self._epochs.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         """Go on from a saved state."""
         parts = dict(module.named_modules())
-        self._options = {name: LogOptions(*one) for name, one in state["options"].items()}
+        self._options = {
+            name: LogOptions(bar, logger, on_step, on_epoch, reduce or _Remembered())
+            for name, (bar, logger, on_step, on_epoch, reduce) in state["options"].items()
+        }
         self._steps = {name: _Number(value) for name, value in state["steps"].items()}
+        self._fresh = dict.fromkeys(state["fresh"])
         self._finished = dict(state["finished"])
         self._epochs = {}
         for name, kept in state["epochs"].items():
@@ -217,6 +267,21 @@ def _weight(logged: Logged, shard: LoggingShard, entries: Sequence[object]) -> f
 
 class _StepValue(Protocol):
     def read(self) -> float: ...
+
+
+def _reduce_name(reduce: Reduce) -> str | None:
+    """None for a function, which a checkpoint cannot hold."""
+    return reduce if isinstance(reduce, str) else None
+
+
+class _Remembered:
+    """In place of a function that is not known yet in a resumed run: what it came to before."""
+
+    def __init__(self, value: float = math.nan) -> None:
+        self.value = value
+
+    def __call__(self, values: Tensor) -> float:
+        return self.value
 
 
 class _Number:
@@ -284,7 +349,15 @@ class _MetricValue:
         self.metric = metric
 
     def read(self) -> float:
-        return float(self.metric.compute())
+        value = self.metric.compute()
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+            return float(value)
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else describe(value)
+        raise ValueError(
+            f"self.log expects metrics that compute one number, and {type(self.metric).__name__} "
+            f"computes {what}: in the hook at the end of the epoch, log the parts of "
+            "metric.compute() under names of their own, and call metric.reset()"
+        )
 
 
 class _Running:
@@ -300,6 +373,12 @@ class _Running:
         self.weight: Any = None
         self.numbers: list[float] = []  # what is neither mean nor sum is made of
         self.metric: _MetricValue | None = None
+        self.ended: float | None = None
+
+    def end(self) -> float:
+        """The value is what it is now, whatever becomes of the metric."""
+        self.ended, self.metric = self.read(), None
+        return self.ended
 
     def add(self, value: Any) -> None:
         if isinstance(value, _MetricValue):
@@ -324,6 +403,8 @@ class _Running:
         self.values.clear()
 
     def read(self) -> float:
+        if self.ended is not None:
+            return self.ended
         if self.metric is not None:
             return self.metric.read()
         self._fold()
@@ -332,11 +413,14 @@ class _Running:
         return _reduced(self.numbers, self.reduce)
 
     def state(self, metrics: dict[int, str]) -> dict[str, Any]:
+        if self.ended is not None:
+            return {"total": self.ended, "weight": None, "numbers": [], "value": self.ended}
         if self.metric is not None:
             return {"metric": metrics.get(id(self.metric.metric))}
         self._fold()
         weight = None if self.weight is None else float(self.weight)
-        return {"total": float(self.total), "weight": weight, "numbers": list(self.numbers)}
+        state = {"total": float(self.total), "weight": weight, "numbers": list(self.numbers)}
+        return state if isinstance(self.reduce, str) else {**state, "value": self.read()}
 
     def load(self, state: dict[str, Any], parts: dict[str, nn.Module]) -> None:
         if "metric" in state:
@@ -346,6 +430,8 @@ class _Running:
             return
         self.total, self.weight = state["total"], state["weight"]
         self.numbers = list(state["numbers"])
+        if "value" in state:
+            self.reduce = _Remembered(state["value"])
 
 
 def _reduced(numbers: Sequence[Any], reduce: Reduce) -> float:

@@ -43,6 +43,8 @@ def running(
         signals = stack.enter_context(Signals())
         stack.callback(setattr, trainer, "run_in_progress", None)
         trainer.run_in_progress = Run(stage, signals, stack)
+        # Its traceback would keep the tensors of the failed step alive.
+        stack.callback(setattr, trainer.call, "exception", None)
         stack.enter_context(trainer.strategy.session())
         if trainer.seed is not None:
             torch.manual_seed(trainer.seed)
@@ -99,7 +101,7 @@ def _wind_up(trainer: Trainer, stage: str, error: BaseException | None) -> None:
             task()
         except Exception as raised:
             if error is None:
-                error = raised
+                error = trainer.call.exception = raised
             else:
                 error.add_note(f"then {raised!r} was raised as well")
     if error is not None and status == "finished":

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 #: Where a checkpoint was found, and what is in it.
 Found: TypeAlias = tuple[Path, dict[str, Any]]
 
+_AS_THEN = "make them as they were, or load the weights alone with load_from_checkpoint"
+
 
 def take(
     trainer: Trainer, weights_only: bool = False, trainable_only: bool = False
@@ -109,8 +111,7 @@ def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
 def _find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
     if ckpt_path is None:
         return None
-    if "://" in str(ckpt_path):
-        raise ValueError(f"ckpt_path={str(ckpt_path)!r} is no file here: download it first")
+    checkpoint.refuse_address(ckpt_path)  # before it becomes a Path, which takes a slash away
     callbacks = trainer.checkpoint_callbacks
     if ckpt_path == "best":
         best = [Path(one.best_model_path) for one in callbacks if one.best_model_path]
@@ -163,31 +164,35 @@ def refuse_misfit(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         module, state["state_dict"], not state["trainable_only"]
     )
     if difference:
-        raise RuntimeError(f"{path} does not fit {type(module).__name__}: {difference}")
+        raise checkpoint.misfit(module, difference, path)
     own = {name: type(one.optimizer).__qualname__ for name, one in training.optimizers.items()}
     theirs = {name: one["class"] for name, one in state["optimizers"].items()}
     if own != theirs:
         raise ValueError(
             f"{path} was written with the optimizers {_listed(theirs)}, and configure_optimizers "
-            f"has made {_listed(own)}: make them as they were, or load the weights alone with "
-            "load_from_checkpoint"
+            f"has made {_listed(own)}: {_AS_THEN}"
         )
     for name, one in training.optimizers.items():
         here = [len(group["params"]) for group in one.optimizer.param_groups]
         there = [len(group["params"]) for group in state["optimizers"][name]["param_groups"]]
         if here != there:
             raise ValueError(
-                f"{path}: the optimizer {name!r} had groups of {there} parameters, now of {here}"
+                f"{path}: the optimizer {name!r} had groups of {there} parameters, now of {here}: "
+                f"{_AS_THEN}"
             )
         kinds = [type(s.scheduler).__name__ for s in one.schedulers]
         kept = [s["class"] for s in state["schedulers"][name]]
         if kinds != kept:
             raise ValueError(
-                f"{path}: the optimizer {name!r} had the schedulers {kept}, now {kinds}"
+                f"{path}: the optimizer {name!r} had the schedulers {kept}, now {kinds}: {_AS_THEN}"
             )
     kind = state["loop"].get("class")
     if loop is not None and kind != type(loop).__name__:
-        raise ValueError(f"{path} was written by {kind}, and {type(loop).__name__} is to go on")
+        raise ValueError(
+            f"{path} was written by {kind}, and {type(loop).__name__} is to go on: run such a loop "
+            "with trainer.run(loop, module, ckpt_path=path), or load the weights alone with "
+            "load_from_checkpoint"
+        )
 
 
 def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:

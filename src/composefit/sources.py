@@ -16,8 +16,8 @@ class Sources:
     """Gives the loaders of a stage (`"train"`, `"val"`, `"test"`, `"predict"`).
 
     Args:
-        module: asked for what neither the call nor the data module gives.
-        datamodule: asked first, where the call gives nothing.
+        module: asked where there is neither a loader in the call nor a data module.
+        datamodule: asked in its place, where there is one.
         given: stage -> what the user passed.
     """
 
@@ -87,10 +87,10 @@ class Sources:
 
     def _method(self, stage: str) -> Any:
         name = f"{stage}_dataloader"
-        owner, base = (
-            self.datamodule or self.module,
-            LoopModule if self.datamodule is None else DataModule,
-        )
+        owner: LoopModule | DataModule = self.module
+        base: type[LoopModule | DataModule] = LoopModule
+        if self.datamodule is not None:
+            owner, base = self.datamodule, DataModule
         if getattr(type(owner), name) is getattr(base, name) and name not in vars(owner):
             return None
         return getattr(owner, name)

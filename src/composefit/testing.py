@@ -3,6 +3,7 @@
 - Composition (`assert_same_training`): the parameters are those of a hand-written loop on the full
   batch, whatever the strategy, the accumulation and the micro-batches.
 - Determinism (`assert_deterministic`): the same seed gives bitwise the same parameters.
+- Resumption (`assert_resumable`): stopped at any step and resumed is the same as never stopped.
 - Errors (`assert_user_error`): a fault surfaces as the user's own exception, and nothing is lost.
 
 For a closer look there are `run_step`, which gives the effects of one step, and `Recording`, a
@@ -11,27 +12,37 @@ strategy that writes down what it was asked to do.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import random
+import shutil
+import signal
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from composefit import tree
-from composefit.callbacks import Callback
+from composefit.callbacks import Callback, ModelCheckpoint
 from composefit.effects import Effect
 from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.gradients import Gradients
 from composefit.lockstep.scatter import scatter
 from composefit.lockstep.stepper import Stepper
+from composefit.loggers import Logger
 from composefit.module import LoopModule
+from composefit.seeding import global_states, restore_global_states
+from composefit.snapshot import keyed
 from composefit.strategies import SingleDevice, Strategy
 from composefit.trainer import Trainer
 
@@ -39,6 +50,7 @@ __all__ = [
     "Recording",
     "Reference",
     "assert_deterministic",
+    "assert_resumable",
     "assert_same_training",
     "assert_user_error",
     "run_step",
@@ -188,6 +200,104 @@ def assert_deterministic(
                     f"than the first, with the same seed: {', '.join(differ)}. Does the step draw "
                     "from a generator of its own, read a clock, or iterate over a set?"
                 )
+
+
+def assert_resumable(
+    make_module: Callable[[], LoopModule],
+    make_loader: Callable[[], Any],
+    strategies: Sequence[Strategy],
+    *,
+    val_loader: Callable[[], Any] | None = None,
+    max_epochs: int = 2,
+    accumulate: Sequence[int] = (1,),
+    stops: Sequence[int | tuple[int, ...]] | None = None,
+    via: Sequence[str | Callable[[int], Callback]] = ("exception", "signal", "max_steps"),
+    callbacks: Callable[[], Sequence[Callback]] = list,
+    **trainer_arguments: Any,
+) -> int:
+    """Law 3: stopped at any step and resumed is bitwise the same as never stopped.
+
+    Trains without a stop, then once for each stop: up to there, and from its checkpoint to the end
+    with everything made anew and other seeds of the global generators, as in another process.
+    Compared are the batches, parameters and buffers, optimizers, schedulers, loss scales, counters,
+    callbacks' states, and what the loggers got.
+
+    Nothing that is compared may depend on a clock, as the values of a `ThroughputMonitor` do.
+
+    Args:
+        make_module: builds a fresh module.
+        make_loader: builds a fresh loader of training batches. The global generators are seeded
+            alike before each call, so that data which are drawn here are the same data.
+        strategies: to train under.
+        val_loader: builds a fresh loader, or several in a list, for validation.
+        max_epochs: epochs of a fit.
+        accumulate: values of `Trainer(accumulate_grad_batches=)`.
+        stops: steps after which to stop; several in a tuple: at each of them, resumed in between.
+            None: at every step.
+        via: what stops a fit: `"exception"` between two steps, `"signal"` (a SIGTERM within the
+            step), `"max_steps"`, `"should_stop"`, `"validation"` (an exception within the
+            validation that follows the step), or a function that makes a callback, for a step,
+            which ends the fit after it. Where one ends no fit at a step (a validation does not
+            follow each), this is left out.
+        callbacks: builds fresh callbacks.
+        trainer_arguments: for the `Trainer`; files go to a temporary folder.
+
+    Returns:
+        The number of resumed fits that were compared.
+
+    Raises:
+        AssertionError: a difference; the message names the strategy, the stop and the first thing
+            that differs. Or a way to stop that has stopped nothing.
+        ValueError: an unknown way to stop, or a signal where a run does not take it over (outside
+            of the main thread, or with a handler of its own).
+
+    Example:
+        >>> from composefit import SingleDevice
+        >>> from torch.utils.data import DataLoader
+        >>> class Regression(LoopModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Sequential(nn.Dropout(0.2), nn.Linear(3, 1))
+        ...
+        ...     def training_step(self, batch):
+        ...         return self.net(batch).square().mean()
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.Adam(self.parameters())
+        >>> def shuffled():
+        ...     return DataLoader(torch.randn(10, 3), batch_size=4, shuffle=True)
+        >>> assert_resumable(Regression, shuffled, [SingleDevice("cpu")], via=["exception"])
+        6
+    """
+    for how in via:
+        _require_way_to_stop(how)
+    made = _Made(make_module, make_loader, val_loader, callbacks)
+    arguments = {**trainer_arguments, "max_epochs": max_epochs}
+    compared = 0
+    before = global_states()
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "run"  # one path for all: callbacks keep paths in their states
+            for strategy, k in product(strategies, accumulate):
+                under = {**arguments, "strategy": strategy, "accumulate_grad_batches": k}
+                whole = made.fit(under, folder)
+                for how in via:
+                    found = 0
+                    for stop in stops or range(1, whole.global_step + 1):
+                        places = stop if isinstance(stop, tuple) else (stop,)
+                        resumed = made.fit(under, folder, how, places, whole.global_step)
+                        if resumed is not None:
+                            _require_same_run(resumed, whole, how, places)
+                            found += 1
+                    _require(
+                        found > 0,
+                        f"{how!r} has stopped no fit of {whole.global_step} steps under "
+                        f"{whole.setting}, so nothing was compared: give other stops",
+                    )
+                    compared += found
+    finally:
+        restore_global_states(before)
+    return compared
 
 
 def assert_user_error(
@@ -476,6 +586,275 @@ class _Tracing(Trainer):
 
         driver.check = noted  # type: ignore[method-assign]
         return driver
+
+
+# -- stopping and resuming ---------------------------------------------------------------------
+
+_WAYS_TO_STOP = ("exception", "signal", "max_steps", "should_stop", "validation")
+
+
+class _Stop(Exception):
+    """Ends a fit on purpose."""
+
+
+class _Rows(Logger):
+    """What loggers get: steps and values."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.rows.append((step, metrics))
+
+
+class _Last(ModelCheckpoint):
+    """Beside the user's own, which may write elsewhere, or never."""
+
+
+class _Stopping(Trainer):
+    """Notes what it trains on, and stops by itself after a step."""
+
+    def __init__(self, stop: int, how: object, **arguments: Any) -> None:
+        if how == "max_steps" and stop:
+            arguments["max_steps"] = stop
+        super().__init__(**arguments)
+        self.stop = stop
+        self.how = how
+        self.begun_at = 0
+        self.batches: list[str] = []
+        self.rows = _Rows()
+        self.loggers.append(self.rows)
+
+    @property
+    def setting(self) -> str:
+        return f"{_name(self.strategy)}, accumulate_grad_batches={self.accumulate_grad_batches}"
+
+    def step(self, module: LoopModule, batches: list[Any], batch_idx: int = 0) -> Any:
+        if not self.batches:
+            self.begun_at = self.global_step
+        self.batches.append(_fingerprint(batches))
+        if self.global_step + 1 == self.stop and self.how == "signal":
+            signal.raise_signal(signal.SIGTERM)
+        if self.global_step + 1 == self.stop and self.how == "should_stop":
+            self.should_stop = True
+        return super().step(module, batches, batch_idx)
+
+    def evaluate(
+        self, module: LoopModule, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> Any:
+        output = super().evaluate(module, batch, batch_idx, dataloader_idx)
+        if self.how == "validation" and self._is_there() and not self.sanity_checking:
+            raise _Stop
+        return output
+
+    def between_steps(self) -> None:
+        super().between_steps()
+        if self.how == "exception" and self._is_there():
+            raise _Stop
+
+    def _is_there(self) -> bool:
+        return self.stop > 0 and self.global_step == self.stop
+
+
+class _Made:
+    """Makes all that a fit needs, as in a process of its own, and fits.
+
+    Args:
+        module, loader, val_loader, callbacks: functions that make them.
+    """
+
+    def __init__(
+        self,
+        module: Callable[[], LoopModule],
+        loader: Callable[[], Any],
+        val_loader: Callable[[], Any] | None,
+        callbacks: Callable[[], Sequence[Callback]],
+    ) -> None:
+        self.module = module
+        self.loader = loader
+        self.val_loader = val_loader
+        self.callbacks = callbacks
+
+    def fit(
+        self,
+        arguments: Mapping[str, Any],
+        folder: Path,
+        how: str | Callable[[int], Callback] = "",
+        stops: Sequence[int] = (),
+        steps: int = 0,
+    ) -> Any:
+        """Fit, stopped after these of all steps and resumed: the last trainer.
+
+        None where one of the stops has stopped nothing.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        ckpt_path = None
+        for process, stop in enumerate((*stops, 0)):
+            trainer = self._process(process, stop, how, arguments, folder)
+            raised = self._run(trainer, ckpt_path)
+            if stop and not raised and trainer.global_step == steps:
+                return None
+            ckpt_path = folder / "stopped" / _Last.LAST
+            _require(
+                not stop or ckpt_path.is_file(),
+                f"a fit that was stopped after step {stop} by {how!r} under {trainer.setting} "
+                "has left no checkpoint",
+            )
+        return trainer
+
+    def _process(
+        self, process: int, stop: int, how: Any, arguments: Mapping[str, Any], folder: Path
+    ) -> _Stopping:
+        callbacks = [*self.callbacks(), _Last(dirpath=folder / "stopped")]
+        if stop and callable(how):
+            callbacks.insert(-1, how(stop))
+        _seed(process)
+        own = {**_quiet(arguments), "default_root_dir": folder, "callbacks": callbacks}
+        return _Stopping(stop, how, **own)
+
+    def _run(self, trainer: _Stopping, ckpt_path: Path | None) -> bool:
+        """Whether an exception has stopped it."""
+        seed = torch.initial_seed()
+        _seed(0)
+        loader = self.loader()
+        val_loader = None if self.val_loader is None else self.val_loader()
+        _seed(seed)
+        module = self.module()
+        try:
+            trainer.fit(module, loader, val_loader, ckpt_path=ckpt_path)
+        except _Stop:
+            return True
+        except SystemExit:
+            if not trainer.stop:
+                raise
+            return True
+        except Exception:
+            if not callable(trainer.how) or trainer.global_step != trainer.stop:
+                raise
+            return True
+        return False
+
+
+def _require_way_to_stop(how: object) -> None:
+    if not callable(how) and how not in _WAYS_TO_STOP:
+        raise ValueError(
+            f"assert_resumable(via=...) knows {', '.join(map(repr, _WAYS_TO_STOP))}, and functions "
+            f"that make a callback, got {how!r}"
+        )
+    if how == "signal" and (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        raise ValueError(
+            "assert_resumable(via=['signal']) needs the main thread, and no handler of SIGTERM "
+            "other than Python's own: a run takes over no other, and the signal would end the tests"
+        )
+
+
+def _require_same_run(
+    resumed: _Stopping, whole: _Stopping, how: object, stops: tuple[int, ...]
+) -> None:
+    """The end of both is the same, and what they did since the stop."""
+    steps = " and ".join(map(str, stops))
+    by = how if isinstance(how, str) else getattr(how, "__name__", how)
+    where = f"stopped after step {steps} of {whole.global_step} ({by}), under {whole.setting}"
+    difference = _batches_difference(resumed, whole) or _rows_difference(resumed, whole, stops[-1])
+    found = _first_difference(_outcome(resumed), _outcome(whole), "")
+    if found is not None and not (difference and "batch" in difference):
+        difference = (
+            f"{found}. What it depends on must be in the checkpoint: a buffer, a state_dict"
+        )
+    _require(
+        difference is None,
+        f"a resumed fit differs from one that was never stopped, {where}: {difference}",
+    )
+
+
+def _batches_difference(resumed: _Stopping, whole: _Stopping) -> str | None:
+    begun = resumed.begun_at if resumed.batches else whole.global_step
+    expected = whole.batches[begun:]
+    for i, (one, other) in enumerate(zip(resumed.batches, expected, strict=False)):
+        if one != other:
+            return (
+                f"step {begun + i + 1} got another batch. Does the loader's order follow from "
+                "what the run seeds, or has it a state_dict?"
+            )
+    if len(resumed.batches) != len(expected):
+        return f"it took {len(resumed.batches)} batches of steps, expected {len(expected)}"
+    return None
+
+
+def _rows_difference(resumed: _Stopping, whole: _Stopping, stop: int) -> str | None:
+    """Of what the loggers got: all after the stop, and the end of what came at it."""
+    rows, expected = resumed.rows.rows, whole.rows.rows
+    count = max(len(rows), sum(step > stop for step, _ in expected))
+    tail = expected[len(expected) - count :] if count else []
+    found = _first_difference(rows, tail, "the loggers' rows")
+    return None if found is None else f"{found} ({rows[:3]}... for {tail[:3]}...)"
+
+
+def _outcome(trainer: _Stopping) -> dict[str, Any]:
+    """What a fit has led to, by what a message calls it."""
+    module, training = trainer.module, trainer.training
+    assert module is not None and training is not None
+    named = trainer.optimizers.items()
+    return {
+        "parameter or buffer ": dict(_tensors(module)),
+        "optimizer ": {name: one.optimizer.state_dict() for name, one in named},
+        "schedulers of ": {
+            name: [s.scheduler.state_dict() for s in one.schedulers] for name, one in named
+        },
+        "loss scale of ": {n: scale.state_dict() for n, scale in training.stepper.scales.items()},
+        "updates of ": dict(trainer.updates),
+        "trainer.": {"global_step": trainer.global_step, "current_epoch": trainer.current_epoch},
+        "state of callback ": {key: c.state_dict() for key, c in keyed(trainer.callbacks)},
+        "logged value ": trainer.known_values(),
+    }
+
+
+def _first_difference(found: Any, expected: Any, where: str) -> str | None:
+    """The place of the first difference, bit by bit, and the values; None where there is none."""
+    if isinstance(found, Tensor) and isinstance(expected, Tensor):
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            return f"{where} is {found.dtype} {tuple(found.shape)}"
+        if torch.equal(_bits(found), _bits(expected)):
+            return None
+        return f"{where}, by up to {(found.double() - expected.double()).abs().max().item():.2e}"
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        if found.keys() != expected.keys():
+            return f"{where} has {list(found)} for {list(expected)}"
+        pairs = [(_path(where, key), found[key], expected[key]) for key in expected]
+    elif isinstance(found, list | tuple) and isinstance(expected, list | tuple):
+        if len(found) != len(expected):
+            return f"{where} has {len(found)} entries for {len(expected)}"
+        pairs = [
+            (f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(found, expected, strict=True))
+        ]
+    else:
+        same = found == expected or (found != found and expected != expected)
+        return None if same else f"{where} is {found!r} for {expected!r}"
+    return next((d for path, a, b in pairs if (d := _first_difference(a, b, path))), None)
+
+
+def _path(where: str, key: Any) -> str:
+    if not where:
+        return str(key)
+    return f"{where}{key!r}" if where.endswith((" ", ".")) else f"{where}[{key!r}]"
+
+
+def _fingerprint(batches: list[Any]) -> str:
+    """Of the tensors of a step's batches, which the step may change."""
+    digest = hashlib.sha256()
+    for tensor in tree.tensors(batches):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bits(tensor).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 # -- comparing ---------------------------------------------------------------------------------

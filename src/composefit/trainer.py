@@ -424,6 +424,8 @@ class Trainer:
         training.step_monitors()
         if self.global_step % self.log_every_n_steps == 0:
             self.write_step()
+        elif training.norms:
+            self._write_own(self._own_norms())
         losses = driver.losses
         if len(training.optimizers) == 1:
             return {"loss": next(iter(losses.values()))} if losses else {}
@@ -829,13 +831,7 @@ class Trainer:
         self.fit_loop = loop if isinstance(loop, FitLoop) else None
         self.history.begin()
         self.restart(module)
-        for one in (module, self.datamodule):
-            if one is not None and one.hparams:
-                checkpoint.refuse_hyperparameters(dict(one.hparams))
-                if not vars(one).get("_log_hparams", True):
-                    continue
-                for logger in self.loggers:
-                    logger.log_hyperparams(dict(one.hparams))
+        self._log_hyperparameters()
         if state is not None:
             snapshot.restore(self, *state)
 
@@ -933,18 +929,53 @@ class Trainer:
 
     def write_step(self) -> None:
         """Hand the last step's values to the loggers; the history also gets what moves training."""
-        values, images = self.logs.step_values(), self.logs.take_images()
-        self.write(values, images)
+        self.write(self.logs.take_steps(), self.logs.take_images())
         training = self.training
         assert training is not None
-        own: dict[str, float] = {f"grad_norm/{n}": float(v) for n, v in training.norms.items()}
+        own = self._own_norms()
         for name, one in training.optimizers.items():
-            for i, group in enumerate(one.optimizer.param_groups):
-                if "lr" in group:
-                    own[f"lr/{name}" if i == 0 else f"lr/{name}/pg{i + 1}"] = float(group["lr"])
+            groups = one.optimizer.param_groups
+            for i, group in enumerate(groups, 1):
+                if "lr" in group:  # named as by LearningRateMonitor
+                    label = group.get("name", f"pg{i}" if len(groups) > 1 else None)
+                    own[f"lr/{name}" if label is None else f"lr/{name}/{label}"] = group["lr"]
         if training.samples_seen is not None:
             own["samples_per_second"] = training.rate()
-        self.history.log_metrics({"epoch": self.current_epoch, **own}, self.global_step)
+        self._write_own(own)
+
+    def _own_norms(self) -> dict[str, float]:
+        """The norms that the last step was due; waits for the device."""
+        assert self.training is not None
+        found, self.training.norms = self.training.norms, {}
+        return {f"grad_norm/{name}": float(norm) for name, norm in found.items()}
+
+    def _write_own(self, values: dict[str, float]) -> None:
+        """Add to the history, but for what a callback logs under the same name."""
+        left = {name: value for name, value in values.items() if name not in self.logs}
+        self.history.log_metrics({"epoch": self.current_epoch, **left}, self.global_step)
+
+    def _log_hyperparameters(self) -> None:
+        """Hand those of the module and of its data module to the loggers, as one."""
+        found: dict[str, Any] = {}
+        for one in (self.module, self.datamodule):
+            if one is None or not one.hparams:
+                continue
+            own = dict(one.hparams)
+            checkpoint.refuse_hyperparameters(own)
+            if vars(one).get("_log_hparams", True):
+                twice = [
+                    name for name in own if repr(found.get(name, own[name])) != repr(own[name])
+                ]
+                if twice:
+                    raise ValueError(
+                        f"the hyperparameters {twice} of module and data module have one name and "
+                        "different values: rename them, or write "
+                        "save_hyperparameters(logger=False) in one of both"
+                    )
+                found |= own
+        if found:
+            for logger in self.loggers:
+                logger.log_hyperparams(dict(found))
 
     def write(self, values: dict[str, float], images: dict[str, Any] | None = None) -> None:
         """Hand numbers and pictures to the loggers and the history."""

@@ -39,7 +39,7 @@ class Training:
         driver: runs the steps.
         samples_seen: the samples trained on; None where nobody knows how many there are.
         batch_idx: the index of the first loader batch of the step that runs.
-        norms: name -> the norm of an optimizer's gradients, at the last step that is logged.
+        norms: name -> the norm of an optimizer's gradients, where the step that runs was due.
     """
 
     def __init__(self, trainer: Trainer, module: LoopModule) -> None:
@@ -70,10 +70,15 @@ class Training:
         self._epoch_updates: Counter[str] = Counter()
         self._epoch_steps = 0
         self._samples_per_batch: int | None = None
-        self._rated = (0, time.monotonic())
+        self._normed: dict[str, int] = {}  # name -> the step of its last norm
+        self._unrated = 0  # samples since the last call of `rate`
+        self._since = time.monotonic()
         call = trainer.call
+        # Asked once: these run at every update, and mostly nobody listens.
         self._backward_heard = call.anybody("on_after_backward", 0)
+        self._before_heard = call.anybody("on_before_optimizer_step", 2)
         self._zero_grad_heard = call.anybody("on_before_zero_grad", 1)
+        self._after_heard = call.anybody("on_after_optimizer_step", 2)
         if not module.training:  # else parts in evaluation mode, a frozen teacher say, stay in it
             module.train()
 
@@ -111,13 +116,20 @@ class Training:
                 self.samples_seen = None
                 return
             self._samples_per_batch = sizes[0]
-        self.samples_seen += sum(size for size in sizes if size is not None)
+        samples = sum(size for size in sizes if size is not None)
+        self.samples_seen += samples
+        self._unrated += samples
 
     def rate(self) -> float:
-        """Samples per second since the last call; 0 where nobody knows how many there were."""
-        now, seen = time.monotonic(), self.samples_seen or 0
-        (before, then), self._rated = self._rated, (seen, now)
-        return (seen - before) / max(now - then, 1e-9)
+        """Samples per second of training since the last call, of this process."""
+        now = time.monotonic()
+        rate = self._unrated / max(now - self._since, 1e-9)
+        self._unrated, self._since = 0, now
+        return rate
+
+    def pause(self, seconds: float) -> None:
+        """Leave out a time in which something else was done."""
+        self._since += seconds
 
     def warn_of_idle(self, epoch: int) -> None:
         """Warn of optimizers that no step of the epoch has updated."""
@@ -148,8 +160,16 @@ class Training:
         trainer = self.trainer
         if self._backward_heard:
             trainer.call("on_after_backward")
-        trainer.call("on_before_optimizer_step", optimizer, name)
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if self._before_heard:
+            trainer.call("on_before_optimizer_step", optimizer, name)
+        step, every = trainer.global_step + 1, trainer.log_every_n_steps
+        # At the steps that are logged; where it is not updated then, at the next update.
+        last = self._normed.get(name)
+        if last is None:
+            last = trainer.history.last_step(f"grad_norm/{name}")  # where it is resumed
+            last = self._normed[name] = last if last < step else 0
+        if step // every > last // every or step == last:
+            self._normed[name] = step
             parameters = (p for group in optimizer.param_groups for p in group["params"])
             found = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
             self.norms[name] = torch.nn.utils.get_total_norm(found)
@@ -167,7 +187,8 @@ class Training:
                     self._step_scheduler(schedule, None)
                 else:  # what this step logs is known at its end
                     self._monitors.append((name, schedule))
-        self.trainer.call("on_after_optimizer_step", optimizer, name)
+        if self._after_heard:
+            self.trainer.call("on_after_optimizer_step", optimizer, name)
 
     def _own_step(self, optimizer: Optimizer) -> None:
         step = self.module.optimizer_step

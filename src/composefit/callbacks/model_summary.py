@@ -35,19 +35,19 @@ class ModelSummary(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
-        self._is_due = False
+        self._printed = False
         self._describe_next_batch = False
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         """Once in a run, however often its loop trains."""
-        self._is_due = trainer.is_global_zero
+        self._printed = False
         self._describe_next_batch = False
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         """Print both tables."""
-        if not self._is_due:
+        if self._printed or not trainer.is_global_zero:
             return
-        self._is_due = False
+        self._printed = True
         console = self._console or get_console()
         print_table(console, Padding(_children_table(module), (1, 1)))
         if trainer.optimizers:

@@ -3,6 +3,8 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from rich import get_console
@@ -72,6 +74,7 @@ class ProgressBar(Callback):
         self.line_interval = line_interval
         self._console = console
         self._display: Display | None = None
+        self._drawn = False  # something, ever
         self._begin()
 
     def _begin(self) -> None:
@@ -97,7 +100,7 @@ class ProgressBar(Callback):
             self._epoch_batches = trainer.fit_loop.train.batch_idx
         if self._display is not None:
             self._pace.mark(time.monotonic(), 0, trainer.samples_seen)
-            if self._display.live:
+            if self._display.at_once:
                 self._draw(trainer)
             self._due = -math.inf  # the first batch starts the clock for the time left
 
@@ -205,7 +208,10 @@ class ProgressBar(Callback):
     # -- the end -------------------------------------------------------------------------------
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """Leave the last drawing as it is, and the terminal as it was."""
+        """Leave the last drawing on the screen, and the terminal as it was."""
+        display, stopped = self._display, isinstance(exception, (KeyboardInterrupt, SystemExit))
+        if stopped and self._in_fit and display is not None and display.live:
+            self._draw(trainer)  # where it was stopped; after a fault nothing may be asked for
         self._close()
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
@@ -223,7 +229,7 @@ class ProgressBar(Callback):
         if display is None:
             console = self._console or get_console()
             display = self._display = open_display(console, self.interval, self.line_interval)
-        self._due = -math.inf if display.live else time.monotonic() + display.interval
+        self._due = -math.inf if display.at_once else time.monotonic() + display.interval
 
     def _close(self) -> None:
         display, self._display = self._display, None
@@ -239,11 +245,16 @@ class ProgressBar(Callback):
         view = self._view(trainer, start, finished)
         if self._guarded(display.show, view):
             end = time.monotonic()
-            self._due = end + max(display.interval, (end - start) / _DRAWING_SHARE)
+            # The first one loads what draws, and says nothing of the others.
+            share = (end - start) / _DRAWING_SHARE if self._drawn else 0.0
+            self._due = end + max(display.interval, share)
+            self._drawn = True
         else:
             self._display, self._due = None, math.inf
+            with suppress(OSError):
+                display.close()
 
-    def _guarded(self, write: Any, *arguments: Any) -> bool:
+    def _guarded(self, write: Callable[..., None], *arguments: Any) -> bool:
         """Whether it could be written: a terminal that is gone must not end a training."""
         try:
             write(*arguments)

@@ -6,7 +6,9 @@ from io import StringIO
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.constrain import Constrain
 from rich.live import Live
+from rich.terminal_theme import TerminalTheme
 
 from composefit.callbacks.progress_view import View, rendered
 
@@ -19,10 +21,12 @@ class Display(Protocol):
 
     Attributes:
         live: a view takes the place of the one before.
+        at_once: it is there from the beginning, before anything is done.
         interval: seconds.
     """
 
     live: bool
+    at_once: bool
     interval: float
 
     def show(self, view: View) -> None:
@@ -52,6 +56,7 @@ class LineDisplay:
     """A file or a pipe: one plain line after the other, without control characters."""
 
     live = False
+    at_once = False
 
     def __init__(self, console: Console, interval: float) -> None:
         self.interval = interval
@@ -70,6 +75,7 @@ class LiveDisplay:
     """A terminal: a few lines that are drawn anew in place; what is printed appears above them."""
 
     live = True
+    at_once = True
 
     def __init__(self, console: Console, interval: float) -> None:
         self.interval = interval
@@ -79,7 +85,10 @@ class LiveDisplay:
 
     def show(self, view: View) -> None:
         """Draw."""
-        content = rendered(view, self._console.width)
+        # Else the ^C that a terminal echoes at the end of the last line begins a new one, and the
+        # next drawing stands a line too low.
+        width = max(1, self._console.width - len("^C"))
+        content = Constrain(rendered(view, width), width)
         self._live.update(content, refresh=self._live.is_started)
         if not self._live.is_started:
             self._live.start(refresh=True)
@@ -93,6 +102,7 @@ class NotebookDisplay:
     """A notebook: one output of the cell, which is replaced by the next view."""
 
     live = True
+    at_once = False  # what is printed at the beginning stands above it
 
     def __init__(self, interval: float) -> None:
         from IPython.display import display
@@ -114,7 +124,7 @@ class NotebookDisplay:
         console.print(rendered(view, _NOTEBOOK_WIDTH))
         content = {
             "text/plain": console.export_text(clear=False),
-            "text/html": console.export_html(inline_styles=True, code_format=_HTML),
+            "text/html": console.export_html(theme=_THEME, inline_styles=True, code_format=_HTML),
         }
         if self._handle is None:
             self._handle = self._display(content, raw=True, display_id=True)
@@ -125,6 +135,14 @@ class NotebookDisplay:
         """The last view stays."""
 
 
+# Colours that can be read on white and on black; the text itself has the notebook's.
+_GREY = (140, 140, 140)
+_THEME = TerminalTheme(
+    background=(170, 170, 170),  # halfway to this is what is dim
+    foreground=_GREY,
+    normal=[_GREY] * 4 + [(60, 120, 240), _GREY, (0, 160, 190), _GREY],
+    bright=[_GREY] * 8,
+)
 _HTML = (
     '<pre style="white-space:pre;overflow-x:auto;line-height:normal;'
     "font-family:Menlo,'DejaVu Sans Mono',Consolas,monospace\">{code}</pre>"

@@ -8,6 +8,7 @@ from itertools import count, islice
 from typing import Any, Protocol
 
 from composefit.data.loaders import LoaderBatches
+from composefit.data.quiet import Quiet, set_states
 from composefit.data.seeding import GeneratorsKept, key_of, seed_generators
 
 _ITEM = 17  # sets these keys apart from those of a DataLoader that the iterable may have inside
@@ -81,9 +82,14 @@ class Iterated(Items):
 
     kind = "an iterable"
 
+    #: So many batches of an epoch show whether it draws random numbers.
+    TRIAL = 2
+
     def __init__(self, items: Iterable[Any]) -> None:
         self.iterable = items
         self._kept = GeneratorsKept()
+        self._draws = False
+        self._late: dict[str, Any] | None = None  # where it began to, if later than the trial
 
     def open(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:
         """See `Source`."""
@@ -98,20 +104,47 @@ class Iterated(Items):
             else:
                 iterator = iter(self.iterable)
                 for number in range(skip):
-                    seed_generators(key_of(key, number))
+                    self._seed(key, epoch, number)
                     if next(iterator, kept) is kept:
                         return
+        quiet = Quiet()
         try:
             for number in count(skip):
-                with kept:
-                    seed_generators(key_of(key, number))
+                if self._draws or number < self.TRIAL or not quiet.ready():
+                    with kept:
+                        self._seed(key, epoch, number)
+                        before = None if self._draws else kept.look()
+                        batch = next(iterator, kept)
+                        self._draws = self._draws or kept.look() != before
+                else:
                     batch = next(iterator, kept)
+                    if quiet.drew():
+                        self._draws = True
+                        self._late = {"epoch": epoch, "number": number, **quiet.before}
                 if batch is kept:
                     return
                 yield batch
         finally:
             if self.iterable is not iterator and isinstance(iterator, Generator):
                 iterator.close()  # its `finally` runs now, even if a traceback holds on to it
+
+    def _seed(self, key: int, epoch: int, number: int) -> None:
+        seed_generators(_numbered(key, number))
+        late = self._late
+        if late is not None and (late["epoch"], late["number"]) == (epoch, number):
+            set_states(late)
+
+    def state_dict(self, ended: bool) -> dict[str, Any]:
+        """See `Source`."""
+        return {"draws": self._draws, "late": self._late}
+
+    def load_state_dict(self, state: dict[str, Any], position: int) -> None:
+        """See `Source`."""
+        self._draws, self._late = state["draws"], state["late"]
+
+
+def _numbered(key: int, number: int) -> int:
+    return (key + number) % 2**64
 
 
 _ITERATES_BY_INDEX = (Sequence.__iter__, list.__iter__, tuple.__iter__, range.__iter__)
@@ -149,7 +182,7 @@ class OwnState(Iterated):
             iterator = iter(self.iterable)
         for number in count(skip):
             with kept:
-                seed_generators(key_of(key, number))
+                seed_generators(_numbered(key, number))
                 batch = next(iterator, kept)
                 if batch is kept and earlier and number == 0:
                     # It was at the end of the earlier epoch, and came to it only now.

@@ -253,7 +253,8 @@ def _less_memory(shards: Sequence[Shard], microbatch: int | None) -> str:
         sizes = [shard.samples for shard in shards]
     if not sizes:
         return (
-            f"memory ran out in a step of {len(shards)} shards (microbatch_size={microbatch}): "
+            f"memory ran out in a step of {len(shards)} shard{'s' * (len(shards) > 1)} "
+            f"(microbatch_size={microbatch}): "
             "write Trainer(microbatch_size=...), at most so many samples in a shard"
         )
     low, high = min(sizes), max(sizes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
+
+from torch.utils.data import DataLoader
 
 from composefit.data import Batches
 from composefit.loops.loop import Loop
@@ -27,7 +29,7 @@ class EvaluateLoop(Loop):
     The same for `test_step`, with `test` in the hooks' names.
 
     Args:
-        loaders: one after another; a loader, or `Batches`, several in a list.
+        loaders: a loader, or `Batches`; several in a list or dict run one after another.
         stage: `"validate"` or `"test"`.
     """
 
@@ -42,8 +44,11 @@ class EvaluateLoop(Loop):
         """One pass.
 
         Returns:
-            For each loader, name -> mean over it of what was logged.
+            For each loader, name -> mean over it of what was logged; where a limit of 0 leaves out
+            all batches, no hook runs.
         """
+        if all(one.available and not one.number for one in self.loaders):  # limited to none
+            return [{} for _ in self.loaders]
         call, name = trainer.call, self.name
         if name == "validation":
             trainer.num_val_batches = [one.number for one in self.loaders]
@@ -81,7 +86,10 @@ class EvaluateLoop(Loop):
 
 def batches_of(loaders: Any, name: str) -> list[Batches]:
     """Each loader as `Batches`."""
-    several: Sequence[Any] = loaders if isinstance(loaders, list) else [loaders]
-    if several and not all(isinstance(one, Batches) for one in several):
-        several = [loaders]
+    several: Sequence[Any] = [loaders]
+    if isinstance(loaders, Mapping):
+        several = list(loaders.values())
+    elif isinstance(loaders, list) and loaders:  # of loaders, or of batches: then it is one
+        kinds = (Batches, DataLoader)
+        several = loaders if all(isinstance(one, kinds) for one in loaders) else several
     return [one if isinstance(one, Batches) else Batches(one, name) for one in several]

@@ -62,10 +62,13 @@ class FitLoop(Loop):
         """Train until the limits are reached."""
         call, limits, train = trainer.call, self.limits, self.train
         trainer.fit_loop = self
-        limits.start()
-        with call.span("on_fit_start", "on_fit_end", settle=trainer.write_epoch):
+        trainer.num_training_batches = train.batches.number
+        with (
+            limits.clock(),
+            call.span("on_fit_start", "on_fit_end", settle=trainer.write_epoch),
+        ):
             self._check_validation(trainer, module)
-            if limits.reached(train.epoch, trainer.global_step, False) and train.epoch:
+            if limits.reached(train.epoch, trainer.global_step, False) and trainer.global_step:
                 warnings.warn(
                     f"nothing is left to train: the state is that of epoch {train.epoch}, step "
                     f"{trainer.global_step}, and max_epochs={limits.max_epochs}, "
@@ -74,6 +77,7 @@ class FitLoop(Loop):
                 )
             with call.span("on_train_start", "on_train_end", settle=trainer.write_epoch):
                 while not limits.reached(train.epoch, trainer.global_step, trainer.should_stop):
+                    trainer.between_steps()
                     if self._reload_due():
                         self.reload()
                     train.run(trainer, module)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -13,9 +15,10 @@ class Limits:
 
     Attributes:
         max_epochs, max_steps: the end, whichever comes first.
-        min_epochs, min_steps: who asks to stop (`trainer.should_stop`) waits for these.
+        min_epochs, min_steps: `max_time`, and who asks to stop (`trainer.should_stop`), wait for
+            these.
         max_time: seconds of training, those before a resumption included.
-        elapsed: seconds of earlier runs.
+        elapsed: seconds of training before the clock was started.
     """
 
     max_epochs: int | None = None
@@ -26,9 +29,14 @@ class Limits:
     elapsed: float = 0.0
     _since: float = math.inf
 
-    def start(self) -> None:
-        """The clock runs from now on."""
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Within it the time of training runs; elsewhere it stands still."""
         self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.elapsed, self._since = self.seconds(), math.inf
 
     def seconds(self) -> float:
         """Of training so far."""
@@ -46,6 +54,6 @@ class Limits:
             return True
         if self.max_epochs is not None and epochs >= self.max_epochs:
             return True
-        if asked_to_stop and epochs >= self.min_epochs and steps >= self.min_steps:
-            return True
-        return self.max_time is not None and self.seconds() >= self.max_time
+        if epochs < self.min_epochs or steps < self.min_steps:
+            return False
+        return asked_to_stop or (self.max_time is not None and self.seconds() >= self.max_time)

@@ -23,7 +23,7 @@ class PredictLoop(Loop):
         on_predict_epoch_end, on_predict_end
 
     Args:
-        loaders: one after another; a loader, or `Batches`, several in a list.
+        loaders: a loader, or `Batches`; several in a list or dict run one after another.
         keep: return what the steps return; without it nothing stays in memory.
     """
 

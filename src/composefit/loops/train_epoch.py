@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from composefit.data import Batches
@@ -75,7 +74,6 @@ class TrainEpochLoop(Loop):
         """Run one epoch, or what is left of it."""
         call, limits, batches = trainer.call, self.limits, self.batches
         listened = call.anybody("on_train_batch_start", 2) or call.anybody("on_train_batch_end", 3)
-        unheard = nullcontext(_Unheard())
         batches.seed = trainer.run_seed
         self.interrupted = self._ended = False
         within = self.batch_idx > 0
@@ -86,13 +84,15 @@ class TrainEpochLoop(Loop):
                 self._validate(trainer, module)  # interrupted before, or by what resumes now
             for window in self._windows(trainer):
                 first = self.batch_idx
-                with call.batch_span("train", window, first) if listened else unheard as span:
-                    if span.skipped:
-                        break
-                    span.outputs = trainer.step(module, window, first)
-                    self.batch_idx = first + len(window)
-                    self._total += len(window)
-                    batches.mark()
+                if listened:
+                    with call.batch_span("train", window, first) as span:
+                        if span.skipped:
+                            break
+                        span.outputs = trainer.step(module, window, first)
+                        self._advance(len(window))
+                else:
+                    trainer.step(module, window, first)
+                    self._advance(len(window))
                 trainer.between_steps()
                 if self._due():
                     self._validate(trainer, module)
@@ -108,6 +108,12 @@ class TrainEpochLoop(Loop):
         if self._ended:
             self.epoch += 1
             self._begin_anew()
+
+    def _advance(self, batches: int) -> None:
+        """Their step is done: a state from now on goes on behind them."""
+        self.batch_idx += batches
+        self._total += batches
+        self.batches.mark()
 
     def _windows(self, trainer: Trainer) -> Iterator[list[Any]]:
         size = trainer.accumulate_grad_batches
@@ -218,10 +224,3 @@ class TrainEpochLoop(Loop):
         self._validated = state["validated"]
         if state["batches"] is not None:
             self.batches.load_state_dict(state["batches"])
-
-
-class _Unheard:
-    """In place of the batch hooks' span, where nobody has such hooks."""
-
-    skipped = False
-    outputs: Any = None
