@@ -32,7 +32,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="train a GAN on handwritten digits",
         description="Train a GAN on handwritten digits, both networks in one training step, and "
-        "leave samples.png, curves.png and metrics.csv in a folder.",
+        "leave samples.png, curves.png, metrics.csv and report.html in a folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -17,7 +17,8 @@ def test_the_demo_leaves_pictures_and_figures_and_says_where(
     out = tmp_path / "made" / "here"
     arguments = ["demo", "--epochs", "2", "--accumulate", "3", "--strategy", strategy]
     assert main([*arguments, "--out", str(out)]) == 0
-    assert {file.name for file in out.iterdir()} == {"samples.png", "curves.png", "metrics.csv"}
+    files = {"samples.png", "curves.png", "metrics.csv", "report.html"}
+    assert {file.name for file in out.iterdir()} == files
     with (out / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["5", "10"]

@@ -50,7 +50,8 @@ def run(
         epochs: passes over the 1,797 digits.
         accumulate: loader batches of 128 digits in a step.
         seed: of weights, noise and order.
-        out: the folder for `samples.png`, `curves.png` and `metrics.csv`; made if need be.
+        out: the folder for `samples.png`, `curves.png`, `metrics.csv` and `report.html`; made if
+            need be.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -66,21 +67,24 @@ def run(
     torch.manual_seed(seed)
     gan = GAN()
     watch = Watch(ruler, epochs)
-    Trainer(
+    trainer = Trainer(
         strategy=_strategy(strategy, threads),
         accumulate_grad_batches=accumulate,
         max_epochs=epochs,
         callbacks=watch,
         enable_checkpointing=False,
         default_root_dir=out,
+        log_every_n_steps=5,
         seed=seed,
-    ).fit(gan, batches(images, labels, batch_size=128, seed=seed))
+    )
+    trainer.fit(gan, batches(images, labels, batch_size=128, seed=seed))
 
     save_samples(out / "samples.png", watch.pictures, watch.history[-1].classes, (images, labels))
     distances = [measured.distance for measured in watch.history]
     save_curves(out / "curves.png", watch.losses, distances, ruler.floor)
     console.print(summary(ruler, watch.history))
-    for name in ("samples.png", "curves.png", "metrics.csv"):
+    trainer.report(out / "report.html")
+    for name in ("samples.png", "curves.png", "metrics.csv", "report.html"):
         console.print(out / name, soft_wrap=True)
     console.print(f"\n{_other_way(strategy)}", highlight=False, markup=False)
 
