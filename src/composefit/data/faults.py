@@ -12,6 +12,8 @@ _WORKER = re.compile(r"in DataLoader worker process (\d+)")
 _DIED = re.compile(r"^DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)")
 _HANGS = re.compile(r"^DataLoader timed out after (\S+) seconds")
 
+from composefit.signals import leave_signals_to_parent
+
 
 class Located(Dataset[Any]):
     """A map-style dataset whose errors say which sample they are about."""
@@ -92,6 +94,7 @@ class WorkerStart:
 
     def __call__(self, worker_id: int) -> None:
         """Called in each worker as it starts."""
+        leave_signals_to_parent()  # a worker that is not forked has Python's own handlers
         info: Any = get_worker_info()
         if isinstance(info.dataset, Located | LocatedStream):
             object.__setattr__(info, "dataset", info.dataset.dataset)  # it refuses the plain way
