@@ -1,16 +1,22 @@
 """What does a trainer cost? The smallest step there is, under each trainer, against the bare loop.
 
 MLP 16-32-4, batch 32, SGD, batches ready in memory, one torch thread: some 200 µs of work, so that
-whatever a trainer does in a step shows. A second table does the same for a GAN of two such MLPs.
+whatever a trainer does in a step shows. A second table does the same for a GAN of two such MLPs. A
+third one is the MLP with all that a `Trainer()` brings along: progress bar (lines, as where there
+is no terminal), summary, `CSVLogger` and checkpoints. It measures from a step of one epoch to the
+same step of the next, 2,000 later: the end of an epoch, with its checkpoint, counts once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +24,12 @@ from models import GAN, WORKLOADS, Supervised
 from timing import (
     CONTROL,
     Clock,
+    Lap,
     Segment,
     Train,
     arguments,
     console,
+    fingerprint,
     gather_contestants,
     in_process,
     machine,
@@ -32,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 COMPOSEFIT = "composefit, one self.log"
+WHOLE = "composefit, bar, logger, checkpoints"
 PEERS = ("lightning", "pytorch-ignite", "accelerate", "torchtnt", "keras")
 
 
@@ -245,6 +254,81 @@ def contestants_for(
     return gather_contestants({name: entry(make) for name, make in trainers.items()})
 
 
+class Epochs:
+    """Batches for several epochs that note the time when a certain one is fetched in each.
+
+    Args:
+        batches: what to hand out, cyclically.
+        length: how many an epoch has.
+        at: the index of that one in its epoch.
+        clock: tells the time in seconds.
+    """
+
+    def __init__(self, batches: Sequence[Any], length: int, at: int, clock: Clock) -> None:
+        self.batches, self.length, self.at, self.clock = batches, length, at, clock
+        self.stamps: list[float] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        for step in range(self.length):
+            if step == self.at:
+                self.stamps.append(self.clock())
+            yield self.batches[step % len(self.batches)]
+
+
+def whole_epoch(
+    work: Supervised, train: Callable[[Epochs, int], Iterable[Tensor]], clock: Clock
+) -> Segment:
+    """A contestant that is timed from a step of its first epoch to the same one of the second.
+
+    Args:
+        work: what is trained.
+        train: trains so many steps, over as many epochs as that takes.
+        clock: tells the time in seconds.
+    """
+    batches = work.batches(16)
+
+    def segment(length: int) -> Lap:
+        torch.set_num_threads(1)
+        warm = length // 5
+        epochs = Epochs(batches, length, warm, clock)
+        trained = train(epochs, length + warm + 1)
+        before, after = epochs.stamps
+        return Lap((after - before) / length, fingerprint(trained))
+
+    return segment
+
+
+def with_everything(work: Supervised) -> Callable[[Epochs, int], Iterable[Tensor]]:
+    import ours
+
+    from composefit import Trainer
+
+    def train(batches: Epochs, steps: int) -> Iterable[Tensor]:
+        module = ours.Classifier(work)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            open(os.devnull, "w") as nowhere,  # no terminal
+            contextlib.redirect_stdout(nowhere),
+        ):
+            trainer = Trainer(
+                strategy="single", max_epochs=2, max_steps=steps, default_root_dir=folder
+            )
+            trainer.fit(module, batches)
+        return module.parameters()
+
+    return train
+
+
+def by_hand(work: Supervised) -> Callable[[Epochs, int], Iterable[Tensor]]:
+    def train(batches: Epochs, steps: int) -> Iterable[Tensor]:
+        return work.train(itertools.islice(itertools.chain(batches, batches), steps))
+
+    return train
+
+
 def main() -> None:
     options = arguments(str(__doc__), rounds=60, one_thread=True)
     steps = 15 if options.quick else 60
@@ -280,6 +364,17 @@ def main() -> None:
         console.print(
             overhead_table(title, result, targets={COMPOSEFIT: 1.10}, clock=options.clock)
         )
+    length = 50 if options.quick else 2_000
+    everything = {
+        "bare loop": whole_epoch(mlp, by_hand(mlp), options.clock),
+        CONTROL: whole_epoch(mlp, by_hand(mlp), options.clock),
+        WHOLE: whole_epoch(mlp, with_everything(mlp), options.clock),
+    }
+    result = race(everything, rounds=max(2, options.rounds // 2), steps=length)
+    title = (
+        f"A step of the smallest MLP, with all that Trainer() brings, epochs of {length:,} steps"
+    )
+    console.print(overhead_table(title, result, targets={WHOLE: 1.10}, clock=options.clock))
     console.print(machine(*PEERS))
 
 

@@ -296,3 +296,26 @@ def test_of_many_pictures_the_first_the_latest_and_some_between_are_kept() -> No
         assert (kept[0], kept[-1]) == (0, step)
         assert kept == sorted(set(kept))
     assert len(kept) >= 4
+
+
+# -- where a run is ----------------------------------------------------------------------------
+
+
+def test_a_point_after_the_last_epoch_is_no_epoch_more() -> None:
+    """A test after a fit of two epochs is logged in epoch 2, at the last step of epoch 1."""
+    history = History()
+    for step in (2, 4):
+        history.log_metrics({"x": 0.0, "epoch": 0}, step)
+    for step in (6, 8):
+        history.log_metrics({"x": 0.0, "epoch": 1}, step)
+    history.log_metrics({"x": 0.0, "test": 1.0, "epoch": 2}, 8)
+    assert (history.step, history.epoch) == (8, 1)
+    history.log_metrics({"x": 0.0, "epoch": 2}, 10)
+    assert history.epoch == 2
+
+
+def test_the_last_step_of_a_metric_is_its_own() -> None:
+    history = History()
+    history.log_metrics({"x": 0.0}, 3)
+    history.log_metrics({"y": 0.0}, 7)
+    assert [history.last_step(name) for name in ("x", "y", "z")] == [3, 7, 0]

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import BinaryAccuracy, BinaryPrecision, BinaryRecall
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryPrecision,
+    BinaryRecall,
+    MulticlassAccuracy,
+)
 
 from composefit import (
     Callback,
@@ -24,6 +29,7 @@ from composefit import (
     ThreadDataParallel,
     Trainer,
 )
+from composefit.images import Image
 from composefit.logged import Logged, LogOptions
 from composefit.loggers import Logger
 from composefit.logs import Logs
@@ -352,6 +358,511 @@ def test_a_metric_that_is_logged_in_a_hook() -> None:
     assert rows.of("max") == [(1, pytest.approx(3 / 7))]
     assert run.callback_metrics["max"].item() == pytest.approx(3 / 7)
     assert run.validate(net, [ramp(2)]) == [{"max": pytest.approx(1 / 7)}]
+
+
+class Average(Metric):
+    """A mean in double precision, whose states are never written in place."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            zero = torch.zeros((), dtype=torch.float64)
+            self.add_state(name, zero, dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        self.total = self.total + values.sum()
+        self.weight = self.weight + values.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.weight
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+#: A value for each of these reductions, of a batch's first column.
+REDUCTIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
+    "mean": ("mean", Tensor.mean),
+    "avg": ("avg", Tensor.mean),
+    "torch.mean": (torch.mean, Tensor.mean),
+    "sum": ("sum", Tensor.sum),
+    "torch.sum": (torch.sum, Tensor.sum),
+    "min": ("min", Tensor.min),
+    "torch.min": (torch.min, Tensor.min),
+    "max": ("max", Tensor.max),
+    "torch.max": (torch.max, Tensor.max),
+    "python max": (max, Tensor.max),
+}
+
+
+@every_strategy
+@pytest.mark.parametrize("how", REDUCTIONS)
+def test_every_reduction_is_that_of_the_samples(strategy: Make, how: str) -> None:
+    """Whatever the shards: of each step's samples, and of all samples of the epoch."""
+    reduce_fx, expected = REDUCTIONS[how]
+
+    def log(self: Any, x: Tensor) -> None:
+        value = expected(x[:, 0])
+        self.log("x", value, on_epoch=True, reduce_fx=reduce_fx)
+
+    whole = ramp(17)[torch.randperm(17, generator=torch.Generator().manual_seed(3))]
+    net = logging(log)
+    type(net).validation_step = log
+    run, rows = fit(net, whole.split(7), whole.split(5), strategy(), num_sanity_val_steps=0)
+    for (_, value), batch in zip(rows.of("x_step"), whole.split(7), strict=False):
+        assert value == pytest.approx(expected(batch[:, 0]).item(), rel=1e-14)
+    whole_epoch = pytest.approx(expected(whole[:, 0]).item(), rel=1e-14)
+    for name in ("x_epoch", "x"):  # of training, of validation
+        assert rows.of(name) == [(3, whole_epoch)]
+    assert run.callback_metrics["x"].item() == pytest.approx(expected(whole[:, 0]).item())
+
+
+@every_strategy
+def test_a_function_gets_every_value_of_the_epoch(strategy: Make) -> None:
+    def log(self: Any, x: Tensor) -> None:
+        self.log("x", x[0, 0] * 7, on_step=False, on_epoch=True, reduce_fx=torch.median)
+
+    whole = ramp(15)
+    _, rows = fit(logging(log), whole.split(5), strategy=strategy())
+    firsts = [0, 5, 10] if strategy().lanes == 1 else [0, 2, 4, 5, 7, 9, 10, 12, 14]
+    assert rows.of("x") == [(3, float(sorted(firsts)[len(firsts) // 2]))]
+
+
+@every_strategy
+def test_a_nan_shows_in_every_reduction(strategy: Make) -> None:
+    def log(self: Any, x: Tensor) -> None:
+        for how in ("mean", "sum", "min", "max"):
+            value = math.nan if x[0, 0] == 0 else 1.0
+            self.log(how, value, on_step=False, on_epoch=True, reduce_fx=how)
+
+    _, rows = fit(logging(log), [ramp(6), ramp(6, 6)], strategy=strategy())
+    ((_, row),) = rows.rows
+    assert all(math.isnan(row[how]) for how in ("mean", "sum", "min", "max"))
+
+
+@every_strategy
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sync_dist": True},
+        {"sync_dist": False},
+        {"rank_zero_only": True},
+        {"sync_dist_group": "world"},
+        {"metric_attribute": "net"},
+    ],
+    ids=str,
+)
+def test_what_lightning_needs_and_this_does_not_changes_nothing(
+    strategy: Make, options: dict[str, Any]
+) -> None:
+    def log(self: Any, x: Tensor) -> None:
+        self.log("plain", x[:, 0].mean(), on_epoch=True)
+        self.log("told", x[:, 0].mean(), on_epoch=True, **options)
+
+    run, _ = fit(logging(log), ramp(11).split(6), strategy=strategy())
+    found = run.callback_metrics
+    assert found["told_step"] == found["plain_step"] == pytest.approx(ramp(5, 6)[:, 0].mean())
+    assert found["told_epoch"] == found["plain_epoch"] == pytest.approx(ramp(11)[:, 0].mean())
+
+
+@every_strategy
+def test_log_dict_logs_each_item_with_the_same_options(strategy: Make) -> None:
+    def log(self: Any, x: Tensor) -> None:
+        values = {"mean": x[:, 0].mean(), "rows": Sum(torch.tensor(float(len(x))))}
+        self.log_dict(values, on_step=False, on_epoch=True, prog_bar=True, logger=False)
+
+    run, rows = fit(logging(log), ramp(11).split(6), strategy=strategy())
+    assert rows.rows == []
+    assert run.progress_bar_metrics == {"mean": pytest.approx(5 / 7), "rows": 11.0}
+
+
+def test_a_graph_is_refused() -> None:
+    net = logging(lambda self, x: self.log("x", x.sum(), enable_graph=True))
+    with pytest.raises(ValueError, match="a logged value has no graph; return it"):
+        fit(net, [ramp(4)])
+
+
+def test_a_value_of_both_rates_shows_both_in_the_bar() -> None:
+    net = logging(lambda self, x: self.log("x", x[0, 0] * 7, prog_bar=True, on_epoch=True))
+    run, _ = fit(net, [ramp(1, 1), ramp(1, 3)])
+    assert run.progress_bar_metrics == {"x_step": 3.0, "x_epoch": 2.0}
+
+
+def test_metrics_have_the_types_that_readers_expect() -> None:
+    def log(self: Any, x: Tensor) -> None:
+        self.log("int", 3, prog_bar=True)
+        self.log("float32", x[0, 0].float() / 3, on_epoch=True)
+        self.log("bool", torch.tensor(True))
+
+    run, rows = fit(logging(log), [ramp(1, 7)])
+    for metrics in (run.callback_metrics, run.logged_metrics):
+        for value in metrics.values():
+            assert (type(value), value.dtype, value.shape) == (Tensor, torch.float64, ())
+    assert run.callback_metrics["float32"].item() == float(torch.tensor(1 / 3))
+    assert {name: type(v) for name, v in run.progress_bar_metrics.items()} == {"int": float}
+    assert all(type(v) in (float, int) for _, row in rows.rows for v in row.values())
+
+
+# -- what a logger gets, and when -----------------------------------------------------------------
+
+
+@every_strategy
+def test_a_value_is_handed_over_once_at_the_next_step_that_is_logged(strategy: Make) -> None:
+    """A row has no value from a step that an earlier row already stood for."""
+
+    def log(self: Any, x: Tensor) -> None:
+        self.log("always", float(self.global_step))
+        if self.global_step % 3 == 0:
+            self.log("seldom", float(self.global_step))
+
+    run, rows = fit(logging(log), [ramp(3)] * 8, strategy=strategy(), log_every_n_steps=2)
+    assert rows.of("always") == [(2, 1.0), (4, 3.0), (6, 5.0), (8, 7.0)]
+    assert rows.of("seldom") == [(2, 0.0), (4, 3.0), (8, 6.0)]
+    assert run.logged_metrics == {"always": 7.0, "seldom": 6.0}
+
+
+def test_evaluation_steps_are_handed_over_where_they_were_logged() -> None:
+    net = logging(lambda self, x: None)
+    type(net).validation_step = lambda self, x: self.log("x", x[0, 0] * 7, on_step=True)
+    loaders = {"a": [ramp(1, 1), ramp(1, 3)], "b": [ramp(1, 8)]}
+    _, rows = fit(net, [ramp(2)] * 2, loaders, num_sanity_val_steps=0)
+    assert [row for _, row in rows.rows] == [
+        {"epoch": 0, "x/dataloader_idx_0_step": 1.0},
+        {"epoch": 0, "x/dataloader_idx_0_step": 3.0},
+        {"epoch": 0, "x/dataloader_idx_1_step": 8.0},
+        {"epoch": 0, "x/dataloader_idx_0_epoch": 2.0, "x/dataloader_idx_1_epoch": 8.0},
+    ]
+
+
+def test_the_epochs_row_comes_before_what_saves_its_state() -> None:
+    rows = Rows()
+    seen: list[Any] = []
+
+    class Saver(Callback):
+        saves_state = True
+
+        def on_validation_end(self, trainer: Any, module: Any) -> None:
+            if not trainer.sanity_checking:
+                seen.append(rows.rows[-1][1])
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            seen.append(rows.rows[-1][1])
+
+    class Late(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            module.log("from a hook", 2.0)
+
+    net = logging(lambda self, x: self.log("x", 1.0, on_step=False, on_epoch=True))
+    type(net).validation_step = lambda self, x: self.log("val", 3.0)
+    fit(net, [ramp(2)], [ramp(2)], callbacks=[Saver(), Late()], logger=rows)
+    assert seen == [{"epoch": 0, "val": 3.0}, {"epoch": 0, "x": 1.0, "from a hook": 2.0}]
+
+
+def test_a_sanity_check_leaves_no_trace() -> None:
+    """Neither values, nor pictures, nor what metrics have counted, whether logged or not."""
+
+    class Pictures(Rows):
+        def log_image(self, name: str, image: Image, step: int) -> None:
+            self.rows.append((step, {name: 0.0}))
+
+    def check(self: Any, x: Tensor) -> None:
+        self.counted.update(x[:, 0])
+        self.shown.update(x[:, 0])
+        self.log("shown", self.shown, on_step=True, on_epoch=True)
+        self.log("val", x[0, 0], prog_bar=True, on_step=True)
+        self.log("picture", Image(torch.zeros(2, 2)))
+
+    found: list[Any] = []
+
+    class Look(Callback):
+        def on_sanity_check_end(self, trainer: Any, module: Any) -> None:
+            assert rows.rows == []
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            found.append((trainer.callback_metrics, trainer.progress_bar_metrics))
+            found.append((module.counted._update_count, module.counted.total.item()))
+
+    rows = Pictures()
+    net = module(
+        lambda self, x: self.net(x).mean(),
+        net=linear(3, 1),
+        counted=Average(),
+        shown=Average(),
+    )
+    type(net).validation_step = check
+    run, _ = fit(net, [ramp(2)], [ramp(4, 2)] * 3, callbacks=Look(), logger=rows)
+    assert found == [({}, {}), (0, 0.0)]
+    assert net.counted._update_count == 3
+    assert run.history.curves().keys() >= {"shown_epoch"}
+    assert run.history.tracks["shown_epoch"].column("step").tolist() == [1]
+
+
+def test_several_loggers_get_the_same() -> None:
+    first, second = Rows(), Rows()
+    net = logging(lambda self, x: self.log("x", x[0, 0]))
+    run, _ = fit(net, [ramp(2)] * 3, logger=[first, second])
+    assert first.rows == second.rows
+    assert len(first.rows) == 3
+    assert net.logger is first and net.loggers == [first, second] == run.loggers
+
+
+# -- several loaders, callbacks, pictures ---------------------------------------------------------
+
+TWO = {"a": ramp(7).split(3), "b": ramp(5, 20).split(2)}
+
+
+@every_strategy
+@pytest.mark.parametrize("shared", [True, False], ids=["one metric", "two metrics"])
+def test_a_metric_has_a_value_for_each_loader(strategy: Make, shared: bool) -> None:
+    """Also one that is logged for both: it would otherwise hold the first loader's, too."""
+
+    def step(self: Any, x: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+        metric = self.first if shared or dataloader_idx == 0 else self.second
+        metric.update(x[:, 0])
+        self.log("mean", metric, on_step=True, on_epoch=True)
+        self.log("plain", x[:, 0].mean())
+
+    metrics = {name: Average() for name in ("first", "second")}
+    net = module(lambda self, x: self.net(x).mean(), net=linear(3, 1), **metrics)
+    type(net).validation_step = step
+    run, rows = fit(net, [ramp(3)], TWO, strategy(), max_epochs=2, num_sanity_val_steps=0)
+    means = [ramp(7)[:, 0].mean().item(), ramp(5, 20)[:, 0].mean().item()]
+    for i, mean in enumerate(means):
+        for name in (f"mean/dataloader_idx_{i}_epoch", f"plain/dataloader_idx_{i}"):
+            assert rows.of(name) == [(step, pytest.approx(mean)) for step in (1, 2)]
+        per_step = rows.of(f"mean/dataloader_idx_{i}_step")
+        assert per_step[2][1] == pytest.approx(mean)  # the last batch's: the loader so far
+        assert run.callback_metrics[f"mean/dataloader_idx_{i}"] == pytest.approx(mean)
+    results = run.validate(net, TWO, verbose=False)
+    assert [one[f"mean/dataloader_idx_{i}"] for i, one in enumerate(results)] == [
+        pytest.approx(mean) for mean in means
+    ]
+
+
+@every_strategy
+def test_without_an_index_in_its_name_a_value_is_that_of_all_loaders(strategy: Make) -> None:
+    def step(self: Any, x: Tensor, batch_idx: int, dataloader_idx: int) -> None:
+        self.metric.update(x[:, 0])
+        self.log("metric", self.metric, add_dataloader_idx=False)
+        self.log("plain", x[:, 0].mean(), add_dataloader_idx=False)
+
+    net = module(lambda self, x: self.net(x).mean(), net=linear(3, 1), metric=Average())
+    type(net).validation_step = step
+    _, rows = fit(net, [ramp(3)], TWO, strategy(), num_sanity_val_steps=0)
+    mean = torch.cat([ramp(7), ramp(5, 20)])[:, 0].mean().item()
+    for name in ("metric", "plain"):
+        assert rows.of(name) == [(1, pytest.approx(mean))]
+
+
+def test_a_name_of_ones_own_may_look_like_a_loaders() -> None:
+    net = logging(lambda self, x: None)
+    type(net).validation_step = lambda self, x: self.log("x/dataloader_idx_3", 1.0)
+    run, _ = fit(net, [ramp(2)])
+    assert run.validate(net, [ramp(2)], verbose=False) == [{"x/dataloader_idx_3": 1.0}]
+
+
+@every_strategy
+def test_callbacks_log_by_themselves_or_by_the_module(strategy: Make) -> None:
+    class Logging(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
+            self.log("own", float(trainer.global_step))
+            module.log("its", float(trainer.global_step), on_epoch=True)
+
+        def on_validation_batch_end(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
+            self.log_dict({"val": float(trainer.global_step), "two": 2.0})
+
+    net = module(lambda self, x: self.net(x).square().mean())
+    type(net).validation_step = lambda self, x: None
+    _, rows = fit(net, [ramp(7), ramp(2)], [ramp(3)] * 2, strategy(), callbacks=Logging())
+    assert rows.of("own") == rows.of("its_step") == [(1, 0.0), (2, 1.0)]
+    assert rows.of("its_epoch") == [(2, 0.5)]
+    assert rows.of("val") == rows.of("two") == [(2, 2.0)]
+
+
+@every_strategy
+def test_a_picture_is_logged_once_a_step_not_once_a_shard(strategy: Make) -> None:
+    class Subclass(Image):
+        pass
+
+    class Pictures(Rows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pictures: list[tuple[str, int, float]] = []
+
+        def log_image(self, name: str, image: Image, step: int) -> None:
+            self.pictures.append((name, step, image.pixels[0, 0].item()))
+
+    def log(self: Any, x: Tensor) -> None:
+        if self.global_step < 3:
+            kind = Subclass if self.global_step else Image
+            self.log("train", kind(x[:1, :2] / 100))
+        self.log("hidden", Image(x[:1, :2]), logger=False)
+
+    def validate(self: Any, x: Tensor) -> None:
+        self.log("val", Image(x[:1, :2] / 100))
+
+    net = logging(log)
+    type(net).validation_step = validate
+    loggers = [Pictures(), Pictures()]
+    run, _ = fit(
+        net,
+        [ramp(6, 10 * i) for i in range(5)],
+        [ramp(6, 40), ramp(6, 50)],
+        strategy(),
+        logger=loggers,
+        log_every_n_steps=2,
+    )
+    expected = [("train", 2, 10 / 700), ("train", 4, 20 / 700), ("val", 5, 50 / 700)]
+    assert loggers[0].pictures == loggers[1].pictures
+    assert [(n, s, pytest.approx(v)) for n, s, v in loggers[0].pictures] == expected
+    assert {n: [one.step for one in kept] for n, kept in run.history.pictures.items()} == {
+        "train": [2, 4],
+        "val": [5],
+    }
+
+
+def test_a_metric_can_be_trained_with_after_an_evaluation() -> None:
+    """What was made in inference mode could not be updated in place outside of it."""
+
+    def measure(self: Any, x: Tensor) -> None:
+        self.metric.update(x[:, 0])
+        name = "train" if torch.is_grad_enabled() else "val"
+        self.log(name, self.metric, on_step=False, on_epoch=True)
+
+    def step(self: Any, x: Tensor) -> Any:
+        measure(self, x)
+        return self.net(x).mean()
+
+    net = module(step, net=linear(3, 1), metric=MeanMetric())
+    type(net).validation_step = measure
+    run, _ = fit(net, [ramp(3)])
+    assert run.validate(net, [ramp(3, 7)], verbose=False) == [{"val": pytest.approx(8 / 7)}]
+    run.fit(net, [ramp(3)])
+    assert run.callback_metrics["train"].item() == pytest.approx(1 / 7)
+
+
+def test_a_metric_of_several_numbers_says_what_to_write() -> None:
+    net = module(
+        lambda self, x: self.net(x).mean(),
+        net=linear(3, 1),
+        metric=MulticlassAccuracy(3, average=None),
+    )
+
+    def step(self: Any, x: Tensor) -> None:
+        self.metric.update(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]))
+        self.log("accuracy", self.metric)
+
+    type(net).validation_step = step
+    with pytest.raises(ValueError, match=r"MulticlassAccuracy computes shape \(3,\).*the parts of"):
+        fit(net, [ramp(2)], [ramp(2)])
+
+
+# -- a run that is stopped and goes on ------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(Callback):
+    """Saves after this step, and fails after a later one."""
+
+    def __init__(self, saves: int, fails: int) -> None:
+        self.saves, self.fails = saves, fails
+
+    def on_train_batch_end(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
+        if trainer.global_step == self.saves:
+            trainer.save_checkpoint("mid.ckpt")
+        if trainer.global_step == self.fails:
+            raise Stopped
+
+
+def test_values_of_an_epoch_go_on_where_it_was_stopped() -> None:
+    """Also those of a function, which no checkpoint holds, and what waits for the next row."""
+
+    def step(self: Any, x: Tensor) -> Tensor:
+        value = x[0, 0] * 7
+        self.metric.update(value)
+        self.log("metric", self.metric, on_step=False, on_epoch=True)
+        for how in ("mean", "sum", "min", "max", torch.median, torch.Tensor.std):
+            name = how if isinstance(how, str) else how.__name__  # type: ignore[attr-defined]
+            self.log(name, value, on_step=False, on_epoch=True, reduce_fx=how)
+        if self.global_step == 0:
+            self.log("early", value, on_step=False, on_epoch=True, reduce_fx=torch.median)
+        if self.global_step == 4:  # between the rows of steps 4 and 6, before the stop
+            self.log("waiting", value)
+        loss: Tensor = self.net(x).square().mean()
+        return loss
+
+    def net() -> Any:
+        return module(step, net=linear(3, 1), metric=Average())
+
+    batches = [ramp(1, start) for start in (10, 9, 8, 3, 6, 5, 4)]
+    whole, expected = fit(net(), batches, log_every_n_steps=3)
+    with pytest.raises(Stopped):
+        fit(net(), batches, log_every_n_steps=3, callbacks=StopAt(5, 5))
+    rows = Rows()
+    run = Trainer(strategy="single", max_epochs=1, log_every_n_steps=3, logger=rows, **QUIET)
+    run.fit(net(), batches, ckpt_path="mid.ckpt")
+    assert rows.rows == expected.rows[-len(rows.rows) :]
+    assert rows.of("waiting") == [(6, 6.0)]
+    assert rows.of("median") == [(7, 6.0)]
+    assert rows.of("early") == [(7, 10.0)]
+    assert run.callback_metrics == whole.callback_metrics
+
+
+@every_strategy
+def test_a_validation_that_failed_does_not_count_twice(strategy: Make) -> None:
+    """What it had counted is forgotten: by the trainer itself, and in what its failure saved."""
+
+    class Failing(list[Tensor]):
+        fails = True
+
+        def __iter__(self) -> Any:
+            for i, batch in enumerate(super().__iter__()):
+                if i == 2 and self.fails:
+                    raise Stopped
+                yield batch
+
+    class Save(Callback):
+        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+            trainer.save_checkpoint("failed.ckpt")
+
+    def validate(self: Any, x: Tensor) -> None:
+        self.logged.update(x[:, 0])
+        self.unlogged.update(x[:, 0])
+        self.log("logged", self.logged)
+        self.log("sum", Sum(x[:, 0].sum()))
+        self.log("largest", x[:, 0].max(), reduce_fx="max")
+
+    def net() -> Any:
+        metrics = {name: Average() for name in ("logged", "unlogged")}
+        made = module(lambda self, x: self.net(x).mean(), net=linear(3, 1), **metrics)
+        type(made).validation_step = validate
+        type(made).on_validation_epoch_end = lambda self: self.log("unlogged", self.unlogged)
+        return made
+
+    val = Failing([ramp(4), ramp(5, 4), ramp(3, 20)])
+    values = torch.cat([*list.__iter__(val)])[:, 0]
+    expected = {
+        "epoch": 0,
+        "logged": pytest.approx(values.mean().item()),
+        "unlogged": pytest.approx(values.mean().item()),
+        "sum": pytest.approx(values.sum().item()),
+        "largest": values.max().item(),
+    }
+    failed = net()
+    options: dict[str, Any] = {"strategy": strategy(), "num_sanity_val_steps": 0}
+    with pytest.raises(Stopped):
+        fit(failed, [ramp(3)], val, callbacks=Save(), **options)
+    val.fails = False
+    _, rows = fit(failed, [ramp(3)], val, **options)
+    assert rows.rows == [(1, expected)]
+    rows = Rows()
+    run = Trainer(max_epochs=1, logger=rows, callbacks=Save(), **options, **QUIET)
+    run.fit(net(), [ramp(3)], val, ckpt_path="failed.ckpt")
+    assert rows.rows == [(1, expected)]
 
 
 # -- what is refused ------------------------------------------------------------------------------

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import random
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.data import DataLoader
 
 from composefit import (
+    Callback,
     Gather,
     LoopModule,
     Mean,
@@ -24,9 +29,11 @@ from composefit import (
     Update,
 )
 from composefit.effects import Reduce
+from composefit.seeding import global_states, restore_global_states
 from composefit.testing import (
     Recording,
     assert_deterministic,
+    assert_resumable,
     assert_same_training,
     assert_user_error,
     run_step,
@@ -285,6 +292,186 @@ def test_deterministic_compares_buffers_and_bits() -> None:
 def test_deterministic_needs_two_runs() -> None:
     with pytest.raises(ValueError, match="expected 2 or more, got 1"):
         assert_deterministic(Scalar, inputs(), ONE, runs=1)
+
+
+# -- assert_resumable ------------------------------------------------------------------------------
+
+
+class Dropped(LoopModule):
+    """Dropout, a shuffled loader, a value per epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = self.layer(F.dropout(batch)).square().mean()
+        self.log("loss", loss, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Tensor) -> None:
+        self.log("val", self.layer(batch).mean())
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def shuffled() -> DataLoader[Tensor]:
+    return DataLoader(torch.randn(10, 2), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+
+
+def test_resumable_counts_the_resumed_fits_that_it_compared() -> None:
+    ways = ["exception", "signal", "max_steps", "should_stop", "validation"]
+    found = assert_resumable(
+        Dropped, shuffled, [ONE, THREE], val_loader=inputs, accumulate=(1, 2), via=ways
+    )
+    # 6 steps and 4, at the last of which limits and wishes stop nothing; validation ends epochs.
+    assert found == 2 * ((6 + 6 + 5 + 5 + 2) + (4 + 4 + 3 + 3 + 2))
+
+
+def test_resumable_stops_more_than_once_where_a_stop_is_a_tuple() -> None:
+    assert assert_resumable(Dropped, shuffled, [ONE], stops=[(1, 3), 5], via=["exception"]) == 2
+
+
+class Private(Dropped):
+    """A number that is in no checkpoint."""
+
+    count = 0
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return super().training_step(batch) * (1 + self.count)
+
+    def on_train_batch_end(self) -> None:
+        self.count += 1
+
+
+def test_resumable_names_strategy_stop_and_what_differs() -> None:
+    with pytest.raises(
+        AssertionError,
+        match=r"stopped after step 2 of 6 \(exception\), under SingleDevice \(3 lanes\), "
+        r"accumulate_grad_batches=1: parameter or buffer 'layer\.weight', by up to \d",
+    ):
+        assert_resumable(Private, shuffled, [THREE], stops=[2], via=["exception"])
+
+
+class Noted(Callback):
+    """Counts the steps of this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+
+def test_resumable_compares_callbacks_states() -> None:
+    with pytest.raises(AssertionError, match=r"state of callback 'Noted'\['count'\] is 4 for 6"):
+        assert_resumable(Dropped, shuffled, [ONE], stops=[2], callbacks=lambda: [Noted()])
+
+
+class Logs(Noted):
+    def on_train_batch_end(self, *_: Any) -> None:
+        super().on_train_batch_end()
+        self.log("count", float(self.count))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def test_resumable_compares_what_loggers_got() -> None:
+    with pytest.raises(AssertionError, match=r"\['count'\] is 1\.0 for 3\.0"):
+        assert_resumable(
+            Dropped, shuffled, [ONE], stops=[2], callbacks=lambda: [Logs()], log_every_n_steps=3
+        )
+
+
+def test_resumable_compares_schedulers_and_optimizers() -> None:
+    class Warm(Dropped):
+        def on_train_start(self) -> None:
+            (one,) = self.trainer.optimizers.values()
+            one.optimizer.param_groups[0]["dampening"] = 0.1 * self.global_step
+            one.optimizer.param_groups[0]["lr"] = 0.0
+            one.optimizer.param_groups[0]["momentum"] = 0.0
+
+    with pytest.raises(
+        AssertionError, match=r"optimizer 'optimizer'\['param_groups'\]\[0\]\['damp"
+    ):
+        assert_resumable(Warm, shuffled, [ONE], stops=[2], via=["exception"])
+
+
+class Unseeded:
+    """Another order in each process."""
+
+    def __init__(self) -> None:
+        self.batches = inputs(4)
+        self.shift = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        Unseeded.made += 1
+        order = self.batches if Unseeded.made % 2 else self.batches[::-1]
+        return iter(order)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    made = 0
+
+
+def test_resumable_names_the_step_that_got_another_batch() -> None:
+    Unseeded.made = 0
+    with pytest.raises(AssertionError, match=r"step 2 got another batch\. Does the loader's order"):
+        assert_resumable(Dropped, Unseeded, [ONE], stops=[1], via=["exception"], max_epochs=1)
+
+
+def test_resumable_takes_a_callback_of_ones_own_as_a_way_to_stop() -> None:
+    class Fails(Callback):
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == self.step:
+                raise OSError("the disk is gone")
+
+    assert assert_resumable(Dropped, shuffled, [ONE], stops=[1, 4], via=[Fails]) == 2
+
+
+def test_resumable_passes_other_errors_on() -> None:
+    class Faulty(Dropped):
+        def on_train_end(self) -> None:
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        assert_resumable(Faulty, shuffled, [ONE], via=["exception"])
+
+
+def test_resumable_refuses_a_way_that_stops_nothing() -> None:
+    with pytest.raises(AssertionError, match="'validation' has stopped no fit of 6 steps"):
+        assert_resumable(Dropped, shuffled, [ONE], via=["validation"])
+    with pytest.raises(ValueError, match="knows 'exception', 'signal', .*got 'kill'"):
+        assert_resumable(Dropped, shuffled, [ONE], via=["kill"])
+
+
+def test_resumable_needs_a_signal_that_a_run_takes_over() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="needs the main thread, and no handler of SIGTERM"):
+            assert_resumable(Dropped, shuffled, [ONE], via=["signal"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_resumable_leaves_the_global_generators_as_they_were() -> None:
+    def draws() -> list[float]:
+        return [torch.rand(()).item(), float(np.random.rand()), random.random()]
+
+    before = global_states()
+    expected = draws()
+    restore_global_states(before)
+    assert_resumable(Dropped, shuffled, [ONE], stops=[1], via=["exception"])
+    assert draws() == expected
 
 
 # -- assert_user_error -----------------------------------------------------------------------------

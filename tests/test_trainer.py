@@ -2,6 +2,9 @@
 
 import csv
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from composefit import (
     Callback,
+    DataModule,
     LoopModule,
     Mean,
     OptimizerConfig,
@@ -25,7 +29,8 @@ from composefit import (
     Update,
 )
 from composefit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
-from composefit.loggers import Logger
+from composefit.images import Image
+from composefit.loggers import CSVLogger, Logger, TensorBoardLogger
 from tests.faults.fault import two
 from tests.lockstep.steps import (
     STRATEGIES,
@@ -629,6 +634,244 @@ def test_a_trainer_adds_no_second_one_of_a_users_callback(kind: type[Callback]) 
         enable_checkpointing=False,
     )
     assert off.callbacks == [own]
+
+
+# -- loggers -------------------------------------------------------------------------------------
+
+
+class Keeping(Logger):
+    """A logger with a run of its own somewhere, as W&B has: what happened to it, in order."""
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.calls: list[Any] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.calls.append(step)
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+
+    def finalize(self, status: str) -> None:
+        self.calls.append(status)
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.calls.append(params)
+
+    def state_dict(self) -> dict[str, Any]:
+        self.calls.append("state")
+        return {"id": self.id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.id = state["id"]
+        self.calls.append(state)
+
+
+class StopAfter(Callback):
+    """Saves after one step, and fails after a later one."""
+
+    def __init__(self, saves: int, fails: int) -> None:
+        self.saves, self.fails = saves, fails
+
+    def on_train_batch_end(self, trainer: Any, module: Any) -> None:  # type: ignore[override]
+        if trainer.global_step == self.saves:
+            trainer.save_checkpoint(trainer.default_root_dir / "mid.ckpt")
+        if trainer.global_step == self.fails:
+            raise KeyError("stopped")
+
+
+def numbered(self: Any, x: Tensor) -> Tensor:
+    self.log("number", float(self.global_step))
+    self.log("mean", float(self.global_step), on_step=False, on_epoch=True)
+    return squares(self, x)
+
+
+def measured() -> Any:
+    net = module(numbered)
+    type(net).validation_step = lambda self, x: self.log("val", float(self.global_step))
+    return net
+
+
+def test_loggers_are_flushed_before_a_checkpoint_and_told_the_end(tmp_path: Path) -> None:
+    first, second = Keeping("a"), Keeping("b")
+    run = files(tmp_path, logger=[first, second], max_epochs=1)
+    run.fit(module(numbered), BATCHES[:3])
+    # Steps 2 and 3 (the epoch's means), and then the last checkpoint.
+    assert first.calls == second.calls == [2, 3, "flush", "state", "finished"]
+
+
+def test_loggers_are_told_of_a_failure_also_of_one_of_them(tmp_path: Path) -> None:
+    class Full(Keeping):
+        def finalize(self, status: str) -> None:
+            super().finalize(status)
+            raise OSError("the disk is full")
+
+    loggers = [Full("a"), Keeping("b")]
+    run = files(tmp_path, logger=loggers, callbacks=StopAfter(0, 2), enable_checkpointing=False)
+    with pytest.raises(KeyError, match="stopped") as caught:
+        run.fit(module(numbered), BATCHES)
+    assert [one.calls for one in loggers] == [[2, "failed"], [2, "failed"]]
+    assert "the disk is full" in "".join(caught.value.__notes__)
+
+
+def test_a_loggers_state_comes_back_before_its_first_row(tmp_path: Path) -> None:
+    """The id of its run, say: the resumed run goes on with the same curves."""
+    stopped = files(
+        tmp_path,
+        logger=[Keeping("first"), Keeping("second")],
+        callbacks=StopAfter(3, 5),
+        enable_checkpointing=False,
+    )
+    with pytest.raises(KeyError, match="stopped"):
+        stopped.fit(module(numbered), BATCHES[:3])
+    kept = torch.load(tmp_path / "mid.ckpt", weights_only=True)["loggers"]
+    assert [(one["step"], one["id"]) for one in kept] == [(3, "first"), (3, "second")]
+    loggers = [Keeping("new"), Keeping("new")]
+    resumed = files(tmp_path, logger=loggers, enable_checkpointing=False)
+    resumed.fit(module(numbered), BATCHES[:3], ckpt_path=tmp_path / "mid.ckpt")
+    assert [one.id for one in loggers] == ["first", "second"]
+    for one in loggers:
+        (state, *steps, status) = one.calls
+        assert state["step"] == 3
+        assert steps == [3, 4, 6, 6]  # the first epoch's end, two rows, the second epoch's end
+        assert status == "finished"
+
+
+def test_hyperparameters_of_module_and_data_come_together(tmp_path: Path) -> None:
+    class Data(DataModule):
+        def __init__(self, folder: str = "there", lr: float = 0.1) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> Any:
+            return BATCHES[:2]
+
+    class Net(LoopModule):
+        def __init__(self, lr: float = 0.1, width: int = 3) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = linear(3, width)
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters(), lr=self.hparams.lr)
+
+        training_step = squares
+
+    logger = Keeping("a")
+    files(tmp_path, logger=logger, enable_checkpointing=False).fit(Net(), datamodule=Data())
+    assert logger.calls[0] == {"lr": 0.1, "width": 3, "folder": "there"}
+    run = files(tmp_path, logger=logger, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"\['lr'\] of module and data module .* different values"):
+        run.fit(Net(), datamodule=Data(lr=0.5))
+
+
+STEPS_LOGGED = [2, 4, 6, 8, 10, 12]
+
+
+def table(folder: Path, name: str) -> list[tuple[int, float]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == sorted(int(row["step"]) for row in rows)
+    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+
+
+def events(folder: Path, name: str) -> list[tuple[int, float]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in found.Scalars(name)]
+
+
+def long_ago(folder: Path) -> None:
+    """TensorBoard orders files by the second in their names, in which a test has written two."""
+    for file in folder.glob("events.out.tfevents.*"):
+        *before, _, host, pid, number = file.name.rsplit(".", 4)
+        file.rename(folder / ".".join([*before, "1000000000", host, pid, number]))
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize("fails", [5, 9], ids=["same epoch", "next epoch"])
+@several_shards
+def test_a_resumed_run_continues_its_curves(
+    tmp_path: Path, kind: type[Logger], fails: int, strategy: Make
+) -> None:
+    """One axis that never goes back: rows from after the checkpoint are there once."""
+    if kind is TensorBoardLogger:
+        pytest.importorskip("tensorboard")
+    logs = tmp_path / "logs"
+    options: dict[str, Any] = {"enable_checkpointing": False, "max_epochs": 3}
+    net = measured()
+    stopped = files(tmp_path, logger=kind(logs), callbacks=StopAfter(3, fails), **options)
+    with pytest.raises(KeyError, match="stopped"):
+        stopped.fit(net, BATCHES[:4], BATCHES[:1])
+    long_ago(logs)
+    resumed = files(tmp_path, logger=kind(logs), **options)
+    resumed.fit(measured(), BATCHES[:4], BATCHES[:1], ckpt_path=tmp_path / "mid.ckpt")
+    read = table if kind is CSVLogger else events
+    assert read(logs, "number") == [(step, step - 1.0) for step in STEPS_LOGGED]
+    assert read(logs, "val") == [(4, 4.0), (8, 8.0), (12, 12.0)]
+    assert read(logs, "mean") == [(4, 1.5), (8, 5.5), (12, 9.5)]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from composefit import Callback
+from composefit.loggers import CSVLogger, TensorBoardLogger
+from tests.test_trainer import BATCHES, files, measured
+
+folder = Path(sys.argv[1])
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, module):
+        if trainer.global_step == 6:
+            trainer.save_checkpoint(folder / "mid.ckpt")
+        if trainer.global_step == 11:
+            os._exit(9)
+
+files(folder, logger=[CSVLogger(folder / "csv"), TensorBoardLogger(folder / "tb")],
+      callbacks=Kill(), enable_checkpointing=False, max_epochs=3,
+).fit(measured(), BATCHES[:4], BATCHES[:1])
+"""
+
+
+def test_a_killed_run_has_lost_nothing_from_before_its_checkpoint(tmp_path: Path) -> None:
+    """What loggers hold in memory is written before the checkpoint is."""
+    pytest.importorskip("tensorboard")
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join(map(str, [root, root / "src"]))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment)
+    assert done.returncode == 9
+    assert [step for step, _ in table(tmp_path / "csv", "number")] == [2, 4, 6]
+    long_ago(tmp_path / "tb")
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    resumed = files(tmp_path, logger=loggers, enable_checkpointing=False, max_epochs=3)
+    resumed.fit(measured(), BATCHES[:4], BATCHES[:1], ckpt_path=tmp_path / "mid.ckpt")
+    for read, folder in ((table, "csv"), (events, "tb")):
+        assert read(tmp_path / folder, "number") == [(step, step - 1.0) for step in STEPS_LOGGED]
+        assert read(tmp_path / folder, "mean") == [(4, 1.5), (8, 5.5), (12, 9.5)]
+
+
+def test_a_picture_is_a_file_of_every_logger(tmp_path: Path) -> None:
+    def step(self: Any, x: Tensor) -> Tensor:
+        self.log("first row", Image(x[:1].abs() / 4, caption="of the batch"))
+        return squares(self, x)
+
+    pytest.importorskip("tensorboard")
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
+    run = files(tmp_path, logger=loggers, enable_checkpointing=False, max_epochs=1)
+    run.fit(module(step), BATCHES[:4])
+    images = tmp_path / "csv" / "images"
+    assert sorted(path.name for path in images.iterdir()) == [
+        "first%20row-2.png",
+        "first%20row-4.png",
+    ]
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(tmp_path / "tb")).Reload().Images("first row")
+    assert [event.step for event in found] == [2, 4]
+    expected = Image(BATCHES[3][:1].abs() / 4, caption="of the batch")
+    assert (images / "first%20row-4.png").read_bytes() == expected.png()
+    assert [one.png for one in run.history.pictures["first row"]][-1] == expected.png()
 
 
 # -- reproducibility -----------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Evaluation:
 
     @contextmanager
     def running(
-        self, module: LoopModule, name: str, loaders: Sequence[Batches] = ()
+        self, module: LoopModule, name: str, loaders: Sequence[Batches] = (), keep: bool = True
     ) -> Iterator[None]:
         """Around an evaluation: no gradients, all parts in evaluation mode, logs of its own.
 
@@ -61,6 +61,7 @@ class Evaluation:
             module: is evaluated.
             name: `"validation"`, `"test"` or `"predict"`: whose step.
             loaders: it runs over these.
+            keep: the loop looks at what the steps of a prediction return.
         """
         trainer, call = self.trainer, self.trainer.call
         modes = {part: part.training for part in module.modules()}
@@ -73,7 +74,7 @@ class Evaluation:
         self.numbers = numbers
         # What cannot be joined does no harm where nobody looks at it.
         self._joins = (
-            name == "predict"
+            (name == "predict" and keep)
             or call.anybody(f"on_{name}_batch_end", 4)
             or call.takes(f"on_{name}_epoch_end", 1)
         )

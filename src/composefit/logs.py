@@ -142,7 +142,7 @@ class Logs:
             # Not before all are read: one metric may be logged under several names.
             for name, running in self._epochs.items():
                 if running.metric is not None:
-                    running.metric.metric.reset()
+                    _reset(running.metric.metric)
                     if name in self._steps:
                         self._steps[name] = _Number(values[name])
             self._epochs.clear()
@@ -169,7 +169,7 @@ class Logs:
             if name in self._steps:
                 self._steps[name] = _Number(value)
         for metric in metrics.values():
-            metric.reset()
+            _reset(metric)
 
     def forget_epoch(self) -> None:
         """Leave the epoch that was begun: nothing of it counts."""
@@ -267,6 +267,12 @@ def _weight(logged: Logged, shard: LoggingShard, entries: Sequence[object]) -> f
 
 class _StepValue(Protocol):
     def read(self) -> float: ...
+
+
+def _reset(metric: Metric) -> None:
+    """Empty a metric; training may update it next, in place, which inference tensors refuse."""
+    with torch.inference_mode(False):
+        metric.reset()
 
 
 def _reduce_name(reduce: Reduce) -> str | None:

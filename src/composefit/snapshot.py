@@ -214,6 +214,8 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
             "updates: the step is done again as a whole, so its first updates come twice",
             stacklevel=2,
         )
+    if loop is not None:  # first, since its loaders may refuse the state of others
+        loop.load_state_dict({k: v for k, v in state["loop"].items() if k != "class"})
     module.on_load_checkpoint(state)
     for callback in trainer.callbacks:
         callback.on_load_checkpoint(trainer, module, state)
@@ -234,8 +236,6 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
     training.samples_seen = state["samples_seen"]
     trainer.global_step = state["global_step"]
     trainer.seed_run(state["seed"])
-    if loop is not None:
-        loop.load_state_dict({k: v for k, v in state["loop"].items() if k != "class"})
     for name, metric in _metrics(module):
         if name in state["metrics"]:
             _load_metric(metric, state["metrics"][name])

@@ -20,7 +20,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -621,7 +621,8 @@ class _Stopping(Trainer):
         self.stop = stop
         self.how = how
         self.begun_at = 0
-        self.batches: list[str] = []
+        self.batches: list[list[str]] = []  # of each step, as they were loaded
+        self._fetched: list[str] = []
         self.rows = _Rows()
         self.loggers.append(self.rows)
 
@@ -632,12 +633,19 @@ class _Stopping(Trainer):
     def step(self, module: LoopModule, batches: list[Any], batch_idx: int = 0) -> Any:
         if not self.batches:
             self.begun_at = self.global_step
-        self.batches.append(_fingerprint(batches))
+        self.batches.append(self._fetched)
+        self._fetched = []
         if self.global_step + 1 == self.stop and self.how == "signal":
             signal.raise_signal(signal.SIGTERM)
         if self.global_step + 1 == self.stop and self.how == "should_stop":
             self.should_stop = True
         return super().step(module, batches, batch_idx)
+
+    def profiled(self, name: str, iterable: Iterable[Any]) -> Iterable[Any]:
+        for item in super().profiled(name, iterable):
+            if name == "fetch":
+                self._fetched.append(_fingerprint(item))
+            yield item
 
     def evaluate(
         self, module: LoopModule, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0
@@ -842,10 +850,10 @@ def _path(where: str, key: Any) -> str:
     return f"{where}{key!r}" if where.endswith((" ", ".")) else f"{where}[{key!r}]"
 
 
-def _fingerprint(batches: list[Any]) -> str:
-    """Of the tensors of a step's batches, which the step may change."""
+def _fingerprint(batch: Any) -> str:
+    """Of the tensors of a batch, which hooks and steps may change."""
     digest = hashlib.sha256()
-    for tensor in tree.tensors(batches):
+    for tensor in tree.tensors(batch):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bits(tensor).numpy().tobytes())
     return digest.hexdigest()

@@ -932,13 +932,7 @@ class Trainer:
         self.write(self.logs.take_steps(), self.logs.take_images())
         training = self.training
         assert training is not None
-        own = self._own_norms()
-        for name, one in training.optimizers.items():
-            groups = one.optimizer.param_groups
-            for i, group in enumerate(groups, 1):
-                if "lr" in group:  # named as by LearningRateMonitor
-                    label = group.get("name", f"pg{i}" if len(groups) > 1 else None)
-                    own[f"lr/{name}" if label is None else f"lr/{name}/{label}"] = group["lr"]
+        own = {**self._own_norms(), **training.rates()}
         if training.samples_seen is not None:
             own["samples_per_second"] = training.rate()
         self._write_own(own)

@@ -70,6 +70,7 @@ class Training:
         self._epoch_updates: Counter[str] = Counter()
         self._epoch_steps = 0
         self._samples_per_batch: int | None = None
+        self._rates: dict[str, dict[str, float]] = {}
         self._normed: dict[str, int] = {}  # name -> the step of its last norm
         self._unrated = 0  # samples since the last call of `rate`
         self._since = time.monotonic()
@@ -127,6 +128,14 @@ class Training:
         self._unrated, self._since = 0, now
         return rate
 
+    def rates(self) -> dict[str, float]:
+        """Learning rates as the step that was logged began with them, named as by the monitor."""
+        used, self._rates = self._rates, {}
+        found: dict[str, float] = {}
+        for name, one in self.optimizers.items():
+            found |= used[name] if name in used else _rates(name, one.optimizer)
+        return found
+
     def pause(self, seconds: float) -> None:
         """Leave out a time in which something else was done."""
         self._since += seconds
@@ -164,6 +173,8 @@ class Training:
             trainer.call("on_before_optimizer_step", optimizer, name)
         step, every = trainer.global_step + 1, trainer.log_every_n_steps
         # At the steps that are logged; where it is not updated then, at the next update.
+        if step % every == 0 and name not in self._rates:
+            self._rates[name] = _rates(name, optimizer)
         last = self._normed.get(name)
         if last is None:
             last = trainer.history.last_step(f"grad_norm/{name}")  # where it is resumed
@@ -240,6 +251,16 @@ class Training:
             schedule.scheduler.step()
         else:
             schedule.scheduler.step(value)
+
+
+def _rates(name: str, optimizer: Optimizer) -> dict[str, float]:
+    groups = optimizer.param_groups
+    found: dict[str, float] = {}
+    for i, group in enumerate(groups, 1):
+        if "lr" in group:
+            label = group.get("name", f"pg{i}" if len(groups) > 1 else None)
+            found[f"lr/{name}" if label is None else f"lr/{name}/{label}"] = float(group["lr"])
+    return found
 
 
 def _refuse_closure(one: NamedOptimizer) -> None:

@@ -105,14 +105,27 @@ def test_in_a_terminal_there_is_colour(make_trainer, terminal):
     assert "\x1b[" in terminal.file.getvalue()
 
 
-def test_the_cut_of_the_first_batch_is_told_once_a_fit(make_trainer, pipe):
+def test_all_is_told_once_a_run_however_often_its_loop_trains(make_trainer, pipe):
     trainer = make_trainer(describe_batch=lambda batch: f"{len(batch)} = 2 threads x 16")
     summary = ModelSummary(console=pipe)
     for _ in range(2):
-        summary.on_fit_start(trainer, GAN())
-        for batch_idx in range(3):
-            summary.on_train_batch_start(trainer, None, [0] * 32, batch_idx)
+        summary.setup(trainer, GAN(), "fit")
+        for _ in range(3):
+            summary.on_fit_start(trainer, GAN())
+            for batch_idx in range(3):
+                summary.on_train_batch_start(trainer, None, [0] * 32, batch_idx)
     assert pipe.file.getvalue().count("one batch  32 = 2 threads x 16\n") == 2
+    assert pipe.file.getvalue().count("total") == 2
+
+
+def test_a_batch_that_did_not_come_is_not_described_in_the_next_run(make_trainer, pipe):
+    trainer = make_trainer(describe_batch=str)
+    summary = ModelSummary(console=pipe)
+    summary.setup(trainer, GAN(), "fit")
+    summary.on_fit_start(trainer, GAN())
+    summary.setup(trainer, GAN(), "test")
+    summary.on_train_batch_start(trainer, None, [0], 0)
+    assert "one batch" not in pipe.file.getvalue()
 
 
 def test_a_batch_of_unknown_size_is_left_out(make_trainer, pipe):

@@ -19,7 +19,7 @@ class Tells:
         self.node.user_properties.append((table.PLUGIN, text))
         if not self.collected:
             number = table.number_of(self.node.name)
-            found = table.rows(table.PAGE.read_text(encoding="utf-8")).get(number)
+            found = table.rows(table.written()).get(number)
             assert found is not None and found[1] == text, (
                 f"docs/reliability.md is not current, write it with {table.COMMAND}"
             )

@@ -1,10 +1,8 @@
 """What the tests of faults share: how an error must surface, and what must hold afterwards."""
 
-import gc
 import re
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,14 +39,10 @@ class Surfaced:
         frames = traceback.extract_tb(error.__traceback__)
         self.line = next((f.line for f in reversed(frames) if f.filename == file), "")
 
-    def forget(self) -> None:
-        """Let go of the error, and of what torch left in its traceback: it opens files and
-        leaves them open while it looks for the reason of a worker's death.
-        """
-        del self.error
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
+    def note(self, word: str) -> str:
+        """The one of its notes that has this word."""
+        (found,) = [note for note in self.notes.split("\n") if word in note]
+        return found
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from composefit import (
     ThreadDataParallel,
     Trainer,
 )
+from tests.faults.conftest import Tells
 from tests.faults.fault import surfaces
 from tests.lockstep.steps import data, linear, module, trainer, weights
 
@@ -25,19 +26,22 @@ def mean(self: Any, x: Tensor) -> Tensor:
     return self.net(x).mean()
 
 
-def test_f1_unknown_argument() -> None:
+def test_f1_unknown_argument(tells: Tells) -> None:
     words = ("no argument 'acumulate_grad_batches'", "did you mean 'accumulate_grad_batches'?")
-    with surfaces(TypeError, *words):
+    with surfaces(TypeError, *words) as found:
         Trainer(acumulate_grad_batches=2)
+    tells(found)
     with surfaces(TypeError, "no argument 'gpus'", "write accelerator='gpu'"):
         Trainer(gpus=2)
     with surfaces(TypeError, "no argument 'zzz'", "known are strategy, accelerator, devices"):
         Trainer(zzz=2)
 
 
-def test_f2_unknown_strategy_or_precision() -> None:
-    with surfaces(ValueError, "'dpp'", "'auto'", "'single'", "'threads'", "ThreadDataParallel("):
+def test_f2_unknown_strategy_or_precision(tells: Tells) -> None:
+    words = ("'dpp'", "'auto'", "'single'", "'threads'", "ThreadDataParallel(")
+    with surfaces(ValueError, *words) as found:
         Trainer(strategy="dpp")
+    tells(found)
     with surfaces(TypeError, "got 4", "a Strategy or a name"):
         Trainer(strategy=4)  # type: ignore[arg-type]
     with surfaces(TypeError, "write ThreadDataParallel() with parentheses"):
@@ -81,6 +85,16 @@ def test_f3_impossible_value(
         Trainer(**{argument: value})
 
 
+def test_f3_what_is_silent_elsewhere(tells: Tells) -> None:
+    with surfaces(ValueError, "accumulate_grad_batches") as none:
+        Trainer(accumulate_grad_batches=0)
+    with surfaces(ValueError, "gradient_clip_val") as negative:
+        Trainer(gradient_clip_val=-1)
+    with surfaces(TypeError, "max_epochs") as text:
+        Trainer(max_epochs="3")  # type: ignore[arg-type]
+    tells(none, "and", negative, "and", text)
+
+
 def test_f3_impossible_number_of_shards() -> None:
     with surfaces(ValueError, "ThreadDataParallel(threads=...)", "a positive number, got 0"):
         ThreadDataParallel(0)
@@ -92,9 +106,10 @@ class Counter(Callback):
     """A callback."""
 
 
-def test_f4_no_callback() -> None:
-    with surfaces(TypeError, "callbacks[1]", "a composefit.Callback, got str 'early'"):
+def test_f4_no_callback(tells: Tells) -> None:
+    with surfaces(TypeError, "callbacks[1]", "a composefit.Callback, got str 'early'") as found:
         Trainer(callbacks=[Counter(), "early"])  # type: ignore[list-item]
+    tells(found)
     with surfaces(TypeError, "callbacks[0]", "write Counter() with parentheses"):
         Trainer(callbacks=[Counter])  # type: ignore[list-item]
     with surfaces(TypeError, "callbacks must be Callbacks, got int 3"):
@@ -130,12 +145,13 @@ RUNS: list[Callable[[Trainer, Any], Any]] = [
 
 
 @pytest.mark.parametrize("start", RUNS, ids=["fit", "step"])
-def test_f5_missing_method(start: Callable[[Trainer, Any], Any]) -> None:
+def test_f5_missing_method(start: Callable[[Trainer, Any], Any], tells: Tells) -> None:
     example = (
         "def training_step(self, batch):\n        x, y = batch\n        return F.cross_entropy("
     )
-    with surfaces(TypeError, "Optimized defines no training_step; write", example):
+    with surfaces(TypeError, "Optimized defines no training_step; write", example) as found:
         start(trainer(), Optimized())
+    tells(found)
     example = "def configure_optimizers(self):\n        return torch.optim.Adam(self.parameters()"
     with surfaces(TypeError, "Stepped defines no configure_optimizers; write", example):
         start(trainer(), Stepped())
@@ -152,7 +168,7 @@ def test_f5_missing_validation_step() -> None:
         trainer().fit(net, [data(6, 3)], [data(6, 3)])
 
 
-def test_f6_no_super_init() -> None:
+def test_f6_no_super_init(tells: Tells) -> None:
     class Early(Optimized):
         def __init__(self, value: Any) -> None:
             self.net = value
@@ -162,20 +178,23 @@ def test_f6_no_super_init() -> None:
             Early(value)
         assert found.line == "self.net = value"
     Early.training_step = mean  # type: ignore[method-assign]
-    with surfaces(TypeError, "Early.__init__ must begin with super().__init__()"):
+    with surfaces(TypeError, "Early.__init__ must begin with super().__init__()") as found:
         trainer().fit(Early(3), [data(6, 3)])
+    tells(found)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_f7_parameter_twice_in_one_optimizer() -> None:
+def test_f7_parameter_twice_in_one_optimizer(tells: Tells) -> None:
     class Twice(Stepped):
         def configure_optimizers(self) -> Any:
             return {"all": SGD([*self.parameters(), self.net.weight], lr=0.1)}
 
     net = Twice()
     before = weights(net)
-    with surfaces(ValueError, "net.weight is twice in the optimizer 'all'", "each parameter once"):
+    words = ("net.weight is twice in the optimizer 'all'", "each parameter once")
+    with surfaces(ValueError, *words) as found:
         trainer().fit(net, [data(6, 3)])
+    tells(found)
     assert all(map(torch.equal, weights(net), before))
 
 
@@ -194,7 +213,7 @@ def test_f7_parameter_in_two_optimizers_is_allowed() -> None:
     torch.testing.assert_close(net.net.weight.detach(), expected, rtol=1e-12, atol=0)
 
 
-def test_f8_parameters_in_no_optimizer() -> None:
+def test_f8_parameters_in_no_optimizer(tells: Tells) -> None:
     class Forgetful(Stepped):
         def __init__(self) -> None:
             super().__init__()
@@ -209,6 +228,7 @@ def test_f8_parameters_in_no_optimizer() -> None:
     (warning,) = caught
     assert "(2): head.weight, head.bias. " in str(warning.message)
     assert "requires_grad_(False)" in str(warning.message)
+    tells(warning.message)
 
 
 class Watching(Stepped):
@@ -229,10 +249,11 @@ class Watching(Stepped):
         self.log("val_loss", self.net(x).mean())
 
 
-def test_f9_monitored_metric_is_never_logged() -> None:
+def test_f9_monitored_metric_is_never_logged(tells: Tells) -> None:
     words = ("optimizer 'optimizer' monitors 'val_los'", "never logged", "logged are ['val_loss']")
-    with surfaces(ValueError, *words):
+    with surfaces(ValueError, *words) as found:
         trainer(max_epochs=3).fit(Watching(), [data(6, 3)], [data(6, 3)])
+    tells(found)
 
 
 def test_f9_lenient_monitor_warns() -> None:

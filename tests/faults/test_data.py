@@ -20,7 +20,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from composefit import LoopModule, SingleDevice, Strategy, ThreadDataParallel, tree
 from composefit.data import Batches
+from tests.faults.conftest import Tells
 from tests.faults.fault import surfaces
+from tests.faults.table import message
 from tests.lockstep.steps import (
     data,
     every_strategy,
@@ -54,10 +56,11 @@ def plain_loop(net: nn.Module, windows: list[list[Tensor]]) -> list[Tensor]:
     [[], DataLoader(TensorDataset(data(6, 3)), batch_size=7, drop_last=True)],
     ids=["empty list", "drop_last"],
 )
-def test_f10_empty_loader(loader: Any) -> None:
+def test_f10_empty_loader(loader: Any, tells: Tells) -> None:
     net = module(squares)
-    with surfaces(ValueError, "train_dataloaders gave no batch at all", "drop_last=True"):
+    with surfaces(ValueError, "train_dataloaders gave no batch at all", "drop_last=True") as found:
         trainer().fit(net, loader)
+    tells(found)
     with surfaces(ValueError, "val_dataloaders gave no batch at all", "drop_last=True"):
         type(net).validation_step = squares
         trainer().validate(net, loader)
@@ -67,12 +70,13 @@ def test_f10_empty_loader(loader: Any) -> None:
         trainer().fit(net, 3)
 
 
-def test_f11_one_shot_iterator_for_several_epochs() -> None:
+def test_f11_one_shot_iterator_for_several_epochs(tells: Tells) -> None:
     net = module(squares)
     before = weights(net)
     words = ("train_dataloaders", "one-shot iterator (generator)", "a DataLoader or a list")
-    with surfaces(ValueError, *words):
+    with surfaces(ValueError, *words) as found:
         trainer(max_epochs=2).fit(net, (data(6, 3) for _ in range(2)))
+    tells(found)
     with surfaces(ValueError, *words):  # one among several
         trainer(max_epochs=2).fit(net, {"x": [data(6, 3)], "y": (data(6, 3) for _ in range(2))})
     assert all(map(torch.equal, weights(net), before))
@@ -178,7 +182,7 @@ class Normalised(LoopModule):
     [lambda: ThreadDataParallel(4), lambda: SingleDevice("cpu", shards=4)],
     ids=["threads", "shards"],
 )
-def test_f12_batch_norm_on_a_shard_of_one(strategy: Callable[[], Strategy]) -> None:
+def test_f12_batch_norm_on_a_shard_of_one(strategy: Callable[[], Strategy], tells: Tells) -> None:
     net = Normalised()
     before = weights(net)
     words = ("Expected more than 1 value per channel", "samples_per_group = 2", "drop_last=True")
@@ -186,6 +190,8 @@ def test_f12_batch_norm_on_a_shard_of_one(strategy: Callable[[], Strategy]) -> N
         trainer(strategy()).fit(net, [data(7, 3)])
     assert found.line == "found: Tensor = self.net(x).square().mean()"
     assert "shard 3 (lane 3" in found.notes
+    hint = message(found.note("samples_per_group"))
+    tells("fewer shards; where BatchNorm cannot do with one sample: torch's error, and", hint)
     assert all(map(torch.equal, weights(net), before))
     trainer(strategy()).fit(Normalised(group=2), [data(7, 3)])
 
@@ -199,7 +205,7 @@ def test_f12_the_hint_is_for_shards_not_for_a_batch_of_one() -> None:
 @every_strategy
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_f13_ragged_last_batch_and_window(
-    accumulate: int, strategy: Callable[[], Strategy]
+    accumulate: int, strategy: Callable[[], Strategy], tells: Tells
 ) -> None:
     batches = [data(n, 3, seed=n) for n in (6, 7, 1)]
     windows = [batches[i : i + accumulate] for i in range(0, 3, accumulate)]
@@ -207,6 +213,7 @@ def test_f13_ragged_last_batch_and_window(
     trainer(strategy(), accumulate_grad_batches=accumulate).fit(net, batches)
     for p, q in zip(weights(net), plain_loop(module(squares).net, windows), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+    tells("trains as the plain loop over the whole batch or window does, to 1e-12")
 
 
 # -- F14 to F16b: what a batch may be made of ----------------------------------------------------
@@ -248,7 +255,7 @@ def test_f14_leaves_that_are_no_tensors(strategy: Callable[[], Strategy]) -> Non
 
 
 @several_shards
-def test_f14_list_of_another_length(strategy: Callable[[], Strategy]) -> None:
+def test_f14_list_of_another_length(strategy: Callable[[], Strategy], tells: Tells) -> None:
     batch = {"x": ROWS, "meta": {"files": list("abcde")}}
     net = module(lambda self, part: squares(self, part["x"]))
     words = (
@@ -257,8 +264,9 @@ def test_f14_list_of_another_length(strategy: Callable[[], Strategy]) -> None:
         "override LoopModule.scatter_batch",
         "step 0, batch 0",
     )
-    with surfaces(ValueError, *words):
+    with surfaces(ValueError, *words) as found:
         trainer(strategy()).fit(net, [batch])
+    tells("a list with an item per sample is cut, the rest goes to all; another list:", found)
 
 
 class Pair(NamedTuple):
@@ -323,11 +331,14 @@ def cut_graphs(batch: Graphs, sizes: Any) -> list[Graphs]:
 
 
 @several_shards
-def test_f15_custom_type_that_nobody_can_cut(strategy: Callable[[], Strategy]) -> None:
+def test_f15_custom_type_that_nobody_can_cut(
+    strategy: Callable[[], Strategy], tells: Tells
+) -> None:
     net = module(lambda self, part: squares(self, part["x"]))
     words = ('batch["graphs"]', "Graphs", "composefit.tree.split", "LoopModule.scatter_batch")
-    with surfaces(TypeError, *words):
+    with surfaces(TypeError, *words) as found:
         trainer(strategy()).fit(net, [{"x": ROWS, "graphs": graphs()}])
+    tells("a shard's batch is of the same type; one that nobody has told how to cut:", found)
 
 
 @several_shards
@@ -358,7 +369,7 @@ def test_f15_scatter_batch_overrides(strategy: Callable[[], Strategy]) -> None:
 
 
 @several_shards
-def test_f16_leaves_that_disagree(strategy: Callable[[], Strategy]) -> None:
+def test_f16_leaves_that_disagree(strategy: Callable[[], Strategy], tells: Tells) -> None:
     net = module(lambda self, part: squares(self, part[0]))
     before = weights(net)
     words = (
@@ -368,8 +379,9 @@ def test_f16_leaves_that_disagree(strategy: Callable[[], Strategy]) -> None:
         "step 1, batch 1",
     )
     run = trainer(strategy())
-    with surfaces(ValueError, *words):
+    with surfaces(ValueError, *words) as found:
         run.fit(net, [(ROWS, ROWS[:, 0]), (ROWS, ROWS[:5, 0])])
+    tells(found)
     assert run.updates == {"net": 1}
     assert not any(map(torch.equal, weights(net), before))
 
@@ -390,7 +402,7 @@ def test_f16_several_loaders_are_cut_each_by_itself(strategy: Callable[[], Strat
 @every_strategy
 @pytest.mark.parametrize("samples", [2, 4])
 def test_f16b_default_collates_list_is_structure(
-    samples: int, strategy: Callable[[], Strategy]
+    samples: int, strategy: Callable[[], Strategy], tells: Tells
 ) -> None:
     pairs = [(data(3, seed=i), torch.tensor(float(i))) for i in range(samples)]
     batch = default_collate(pairs)
@@ -406,6 +418,7 @@ def test_f16b_default_collates_list_is_structure(
     trainer(strategy()).step(net, [batch])
     assert sum(shape[0] for shape in found) == samples
     assert all(len(shape) == 3 and shape[0] == shape[2] for shape in found)
+    tells("is structure: both tensors are cut by samples, the list is not")
 
 
 # -- F17, F18: loaders that raise, die or hang ---------------------------------------------------
@@ -458,7 +471,7 @@ def fetch(loader: Any, epochs: int = 1) -> list[Any]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_f17_the_dataset_raises(workers: int) -> None:
+def test_f17_the_dataset_raises(workers: int, tells: Tells) -> None:
     words = ["sample 7 is corrupt", "train_dataloaders loaded sample 7 for batch 3 of epoch 0"]
     loader = DataLoader(Faulty(corrupt), batch_size=2, num_workers=workers)
     with surfaces(OSError, *words, *["in worker 1"] * (workers > 0)) as found:
@@ -466,6 +479,7 @@ def test_f17_the_dataset_raises(workers: int) -> None:
     if not workers:
         assert found.line == 'raise OSError("sample 7 is corrupt")'
         assert "worker" not in found.notes
+        tells("the dataset's own error, with the note", message(found.note("batch 3")))
     assert 'raise OSError("sample 7 is corrupt")' in found.text + found.line
     assert not multiprocessing.active_children()
 
@@ -556,11 +570,12 @@ def test_f18_a_worker_dies(fault: Callable[[], None], words: Any, kind: Any) -> 
         gc.collect()
 
 
-def test_f18_a_worker_hangs() -> None:
+def test_f18_a_worker_hangs(tells: Tells) -> None:
     loader = DataLoader(
-        Faulty(lambda: time.sleep(2)), batch_size=2, num_workers=1, timeout=0.3, prefetch_factor=1
+        Faulty(lambda: time.sleep(3)), batch_size=2, num_workers=1, timeout=2, prefetch_factor=1
     )
-    words = ("batch 3 of epoch 0 within its timeout of 0.3 seconds", "0: pid ", "checkpoint holds")
-    with surfaces(RuntimeError, "train_dataloaders gave no", *words):
+    words = ("batch 3 of epoch 0 within its timeout of 2 seconds", "0: pid ", "checkpoint holds")
+    with surfaces(RuntimeError, "train_dataloaders gave no", *words) as found:
         fetch(loader)
     assert not multiprocessing.active_children()
+    tells("a worker that dies is named, with the signal that has killed it; one that hangs:", found)

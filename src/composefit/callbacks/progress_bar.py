@@ -280,7 +280,7 @@ class ProgressBar(Callback):
         left = self._pace.left(now, self._fractions(trainer))
         if finished or (left == 0 and not self._evaluation):
             view.time = f"in {clock(self._pace.elapsed(now))}"
-        elif left is not None:
+        elif left:  # of the last validation only its bar knows
             view.time = f"{clock(left)} left"
         return view
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from composefit.signals import leave_signals_to_parent
+
 _SAMPLE = re.compile(r"^while sample (.+) was loaded$", re.MULTILINE)
 _WORKER = re.compile(r"in DataLoader worker process (\d+)")
 _DIED = re.compile(r"^DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)")
 _HANGS = re.compile(r"^DataLoader timed out after (\S+) seconds")
-
-from composefit.signals import leave_signals_to_parent
 
 
 class Located(Dataset[Any]):

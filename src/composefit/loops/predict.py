@@ -44,7 +44,7 @@ class PredictLoop(Loop):
         call = trainer.call
         found: list[list[Any]] = [[] for _ in self.loaders]
         with (
-            trainer.evaluation.running(module, "predict", self.loaders),
+            trainer.evaluation.running(module, "predict", self.loaders, self.keep),
             call.span("on_predict_start", "on_predict_end", restores=True),
             call.span("on_predict_epoch_start", "on_predict_epoch_end", restores=True),
         ):

@@ -72,6 +72,8 @@ def _on(kind: str, devices: object) -> Strategy:
     if indices is not None and len(indices) == 1:
         return SingleDevice(f"{kind}:{indices[0]}")
     number = _number(devices) if indices is None else len(indices)
+    if devices in (-1, "-1") and kind == "cuda":
+        number = torch.cuda.device_count()
     if number in (None, 1):
         return SingleDevice(kind)
     raise ValueError(
