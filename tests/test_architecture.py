@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 
 # Packages of the extras: imported inside the function that needs them, or by the demo.
-OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "wandb"}
+OPTIONAL = {"IPython", "matplotlib", "sklearn", "tensorboard", "wandb"}
 
 
 class Import(NamedTuple):

@@ -379,6 +379,9 @@ class ModelCheckpoint(Callback):
     def _delete(self, trainer: Any, path: str) -> None:
         if not trainer.is_global_zero:
             return
+        # The path may come from a file that somebody else has written: it leads nowhere else.
+        if Path(path).parent != self._folder or Path(path).suffix != ".ckpt":
+            return
         try:
             Path(path).unlink(missing_ok=True)
         except OSError as error:

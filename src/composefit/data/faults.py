@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -120,7 +121,8 @@ def explained(error: Exception, name: str, batch: int, epoch: int, workers: list
     # What a dead worker had sent may be gone, too: that is an EOFError, a ConnectionError, ...
     if died(error) or (isinstance(error, EOFError | OSError) and not _WORKER.search(str(error))):
         for worker in workers:
-            worker.join(0.1)  # for its exit code
+            with suppress(RuntimeError):  # torch's handler tells of a death wherever it comes
+                worker.join(0.1)  # for its exit code
         dead = ", ".join(_death(w) for w in workers if w.exitcode)
         if dead or died(error):
             return RuntimeError(f"a worker of {name} died before {where}: {dead or error}. {kept}")

@@ -75,6 +75,7 @@ class TrainEpochLoop(Loop):
         call, limits, batches = trainer.call, self.limits, self.batches
         listened = call.anybody("on_train_batch_start", 2) or call.anybody("on_train_batch_end", 3)
         batches.seed = trainer.run_seed
+        trainer.num_training_batches = batches.number
         self.interrupted = self._ended = False
         within = self.batch_idx > 0
         with call.span(
