@@ -24,7 +24,7 @@ every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
 #: Whole numbers, whose sums are exact; ragged, so that weights count.
 BATCHES = [torch.arange(n, n + size).float() for n, size in ((0, 4), (10, 7), (40, 2), (60, 5))]
-ALL = torch.cat(BATCHES)
+ALL = torch.cat(BATCHES).double()
 
 
 class Fixed(LoopModule):

@@ -317,7 +317,7 @@ def test_a_profiler_is_told_of_the_parts_of_a_run(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("simple", "validation"), ("advanced", "training_step"), ("pytorch", "aten::addmm")],
+    [("simple", "validation"), ("advanced", "-- validation"), ("pytorch", "aten::addmm")],
 )
 def test_each_profiler_by_name_prints_where_the_time_went(
     kind: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -377,14 +377,15 @@ class Logs(Noted):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         super().on_train_batch_end()
-        self.log("count", float(self.count if trainer.global_step == 3 else 0))
+        # Written at the end of step 6, which is logged.
+        self.log("count", float(self.count if trainer.global_step == 5 else 0))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
 
 def test_resumable_compares_what_loggers_got() -> None:
-    with pytest.raises(AssertionError, match=r"\['count'\] is 1\.0 for 3\.0"):
+    with pytest.raises(AssertionError, match=r"\['count'\] is 3\.0 for 5\.0"):
         assert_resumable(
             Dropped, shuffled, [ONE], stops=[2], callbacks=lambda: [Logs()], log_every_n_steps=3
         )

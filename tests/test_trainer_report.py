@@ -283,7 +283,10 @@ def test_a_report_after_a_failed_fit_shows_what_was_done(tmp_path: Path) -> None
     assert steps(run, "lr/critic") == [2, 4, 6, 8, 10, 12]
 
 
-def test_curves_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [2, 5])
+def test_curves_of_a_resumed_run_are_those_of_one_that_never_stopped(
+    tmp_path: Path, every: int
+) -> None:
     """One curve each, in which no step comes twice; also what was logged after the checkpoint."""
 
     class Fails(Callback):
@@ -294,7 +297,8 @@ def test_curves_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_path: P
                 raise KeyError("stopped")
 
     def fitted(ckpt_path: Path | None = None, **options: Any) -> Trainer:
-        run = trainer(tmp_path, enable_checkpointing=False, **options)
+        options |= {"log_every_n_steps": every, "enable_checkpointing": False}
+        run = trainer(tmp_path, **options)
         run.fit(GAN(), BATCHES, BATCHES[:2], ckpt_path=ckpt_path)
         return run
 

@@ -104,6 +104,7 @@ class HookCaller:
         self._module = module
         self._callbacks = list(callbacks)
         self._heard = heard
+        self._profiler = getattr(trainer, "profiler", None)
         self._context = Context(None)
         self._found: dict[str, _Found] = {}
         self._told = False
@@ -245,6 +246,12 @@ class HookCaller:
         return [partial(self._run, name, [hook], arguments) for hook in found.all]
 
     def _run(self, name: str, hooks: Iterable[Callable[..., Any]], arguments: Any) -> bool:
+        if self._profiler is None:
+            return self._call_each(name, hooks, arguments)
+        with self._profiler.span(f"hook:{name}"):
+            return self._call_each(name, hooks, arguments)
+
+    def _call_each(self, name: str, hooks: Iterable[Callable[..., Any]], arguments: Any) -> bool:
         context, state = self._context, vars(self._module)
         context.training = name in _IN_A_STEP
         context.logs = {}

@@ -902,7 +902,8 @@ class Trainer:
         self, sources: Sources, stage: str, limit: int | float | None, epochs: float = 1
     ) -> list[Batches]:
         name = "val_dataloaders" if stage == "val" else f"{stage}_dataloaders"
-        return [Batches(one, name, limit, epochs) for one in sources.loaders(stage)]
+        sequential = stage != "predict" and bool(self.overfit_batches)
+        return [Batches(one, name, limit, epochs, sequential) for one in sources.loaders(stage)]
 
     def seed_run(self, seed: int) -> None:
         """Let all random draws of the run follow from this seed from now on."""

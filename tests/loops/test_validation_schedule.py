@@ -1,5 +1,6 @@
 """When there is a validation: counted in loader batches, at the ends of steps."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +91,30 @@ def test_within_an_accumulation_window_it_comes_after_the_step(
 def test_an_interval_longer_than_an_epoch_is_refused_with_what_to_write() -> None:
     with pytest.raises(ValueError, match=r"longer than an epoch of 5.*check_val_every_n_epoch=Non"):
         validated(val_check_interval=6)
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}])
+def test_a_validation_that_failed_comes_again_when_the_run_is_resumed(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "a.ckpt"
+
+    class Save(Callback):
+        def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+            trainer.save_checkpoint(file)
+
+    def fails(self: Any, x: Any) -> None:
+        raise KeyError("mine")
+
+    net = module(lambda self, x: self.net(x).square().mean())
+    type(net).validation_step = fails
+    with pytest.raises(KeyError, match="mine"):
+        trainer(callbacks=Save(), max_epochs=2, **options).fit(net, BATCHES, BATCHES[:1])
+    type(net).validation_step = lambda self, x: None
+    seen: list[tuple[int, int]] = []
+    type(net).on_validation_start = lambda self: seen.append((self.current_epoch, self.global_step))
+    trainer(max_epochs=2, **options).fit(net, BATCHES, BATCHES[:1], ckpt_path=file)
+    assert seen == ([(0, 2), (0, 4), (1, 7), (1, 9)] if options else [(0, 5), (1, 10)])
 
 
 class Stream:

@@ -129,7 +129,7 @@ class Callback:
         """Before the step that takes this batch, as the loader gave it; once per loader batch.
 
         Returns:
-            -1 to leave out this batch and the rest of the epoch.
+            -1 to leave out its step and the rest of the epoch.
         """
 
     def on_before_optimizer_step(

@@ -75,8 +75,8 @@ def left_open(expected: tuple[Any, ...], found: tuple[Any, ...]) -> RuntimeError
 class Ambient:
     """The modes of the thread that called the step, for its workers.
 
-    Made in the calling thread, entered in every worker's. Grad and inference mode are the step's
-    own and not carried.
+    Made in the calling thread, entered in every worker's. Grad mode is the step's own and not
+    carried.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -85,13 +85,17 @@ class Ambient:
         self.autocast: tuple[str, torch.dtype] | None = None
         if torch.is_autocast_enabled(device_type):
             self.autocast = (device_type, torch.get_autocast_dtype(device_type))
-        self.empty = not (self.function_modes or self.dispatch_modes or self.autocast)
+        self.inference = torch.is_inference_mode_enabled()
+        modes = self.function_modes or self.dispatch_modes or self.autocast
+        self.empty = not (modes or self.inference)
 
     def entered(self) -> AbstractContextManager[object]:
         """A context that gives this thread the caller's modes."""
         if self.empty:
             return nullcontext()
         stack = ExitStack()
+        if self.inference:
+            stack.enter_context(torch.inference_mode())
         for mode in [*self.function_modes, *self.dispatch_modes]:
             # A device context is a function mode that keeps state of its own: make a new one.
             stack.enter_context(getattr(mode, "device", None) or mode)
