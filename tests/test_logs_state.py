@@ -156,3 +156,26 @@ def test_a_metric_that_is_gone_and_one_that_is_new_are_left_alone(tmp_path: Path
     run = fit(Other(), "one shard", tmp_path, ckpt_path="last")
     rest = torch.cat(BATCHES[2:]).mean().item()
     assert run.known_values()["later"] == pytest.approx(rest, abs=1e-5)
+
+
+def test_what_the_last_validation_came_to_is_known_before_the_next(tmp_path: Path) -> None:
+    def write(self: Any, x: Tensor) -> None:
+        self.log("mean", x.mean(), on_epoch=True, on_step=False)
+
+    seen: list[dict[str, float]] = []
+
+    def look(self: Any) -> None:
+        seen.append(self.trainer.known_values())
+
+    def validate(self: Any, x: Tensor) -> None:
+        self.log("val", x.mean())
+
+    fit(
+        writes(write, validation_step=validate, val_dataloader=lambda self: BATCHES),
+        "one shard",
+        tmp_path,
+    )
+    again = writes(write, validation_step=validate, on_train_start=look)
+    fit(again, "one shard", tmp_path, ckpt_path="last", max_epochs=2)
+    mean = pytest.approx(ALL.mean().item(), abs=1e-12)
+    assert seen == [{"mean": mean, "val": mean}]
