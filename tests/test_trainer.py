@@ -163,6 +163,8 @@ def test_epochs_and_frequency() -> None:
     seen: list[float] = []
 
     class Rates(Callback):
+        saves_state = True  # after the schedulers
+
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             seen.append(trainer.optimizers["optimizer"].optimizer.param_groups[0]["lr"])
 

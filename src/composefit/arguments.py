@@ -92,7 +92,7 @@ def path(name: str, value: Any) -> Path:
     """A path."""
     if not isinstance(value, (str, Path)):
         raise TypeError(f"{name} must be a path, got {value!r}")
-    return Path(value)
+    return Path(value).expanduser()
 
 
 def limit(name: str, value: Any, least: int = 1) -> int | float | None:

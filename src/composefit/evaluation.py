@@ -17,6 +17,7 @@ from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
 from composefit.logs import Logs
 from composefit.module import LoopModule
+from composefit.seeding import global_states, restore_global_states
 
 if TYPE_CHECKING:
     from composefit.trainer import Trainer
@@ -66,6 +67,7 @@ class Evaluation:
         trainer, call = self.trainer, self.trainer.call
         modes = {part: part.training for part in module.modules()}
         metrics = [_Metric(part) for part in modes if isinstance(part, Metric)]
+        generators = global_states()
         module.eval()
         self._name, self._suffix = name, ""
         numbers = [one.number for one in loaders]
@@ -89,6 +91,7 @@ class Evaluation:
             # It begins anew when the run is resumed: what it has counted would count twice.
             self.logs.forget_epoch()
             _put_back(metrics)
+            restore_global_states(generators)
             raise
         finally:
             self._joins = True

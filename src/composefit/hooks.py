@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -35,6 +36,11 @@ _IN_A_STEP = {
 
 _HOOKS = [name for name in vars(ModuleHooks) if name.startswith("on_")] + ["setup", "teardown"]
 _ALL_HOOKS = [*_HOOKS, *_CALLBACK_ONLY]
+
+_BATCH_HOOKS = {
+    stage: (f"on_{stage}_batch_start", f"on_{stage}_batch_end")
+    for stage in ("train", "validation", "test", "predict")
+}
 
 _AFTER_GRADIENTS = "write on_before_optimizer_step(self, optimizer, name), which sees the gradients"
 _WHOLE_BATCH = "write `outputs = yield from Gather(tensor)` in training_step"
@@ -168,6 +174,8 @@ class HookCaller:
             failed: told of an error before the hooks that are left run.
         """
         found = self._hooks(name, len(arguments))
+        if not found.all and settle is None:
+            return
         first, savers = iter(found.first), iter(found.savers)
         try:
             if found.first:
@@ -215,9 +223,26 @@ class HookCaller:
 
         Its `outputs` are set within the span and given to the end hooks.
         """
-        own = [(batch, i, *more) for i, batch in enumerate(batches, first)]
-        begin, end = f"on_{stage}_batch_start", f"on_{stage}_batch_end"
-        return Span(self, begin, end, own, restores=stage != "train", gives=True)
+        if len(batches) == 1:  # at nearly every step, so it is worth a case of its own
+            own = [(batches[0], first, *more)]
+        else:
+            own = [(batch, i, *more) for i, batch in enumerate(batches, first)]
+        begin, end = _BATCH_HOOKS[stage]
+        return Span(self, begin, end, own, None, stage != "train", False, True)
+
+    def batch_interval(self, stage: str) -> float:
+        """Batch hooks are wanted once in so many seconds; 0: at every batch, infinity: hardly."""
+        names = _BATCH_HOOKS[stage]
+        if any(_written(self._module, LoopModule, name) for name in names):
+            return 0.0
+        return min(
+            (
+                callback.batch_interval
+                for callback in self._callbacks
+                if any(_written(callback, Callback, name) for name in names)
+            ),
+            default=math.inf,
+        )
 
     def fail(self, error: BaseException) -> None:
         """A run ends by this error: callbacks are told, once, whatever they raise themselves."""
@@ -348,12 +373,13 @@ class Span:
         self.skipped = False
 
     def __enter__(self) -> Span:
-        if not self._begun:
+        call = self._call
+        if not self._begun and call._hooks(self._begin, len(self._arguments[0])).all:
             begun = 0
             try:
                 for arguments in self._arguments:
                     begun += 1
-                    self.skipped = self._call(self._begin, *arguments) or self.skipped
+                    self.skipped = call(self._begin, *arguments) or self.skipped
             except BaseException as error:
                 self._arguments = self._arguments[:begun]
                 self._failed(error)
@@ -369,12 +395,12 @@ class Span:
         if error is not None:
             self._failed(error)
             return
-        call, left = self._call, list(self._arguments)
+        left = iter(self._arguments)
         try:
-            while left:
-                call.end(self._end, self._offered(left.pop(0)), self._settle, self._tell)
+            for arguments in left:
+                self._call.end(self._end, self._offered(arguments), self._settle, self._tell)
         except BaseException as raised:
-            self._arguments = left
+            self._arguments = list(left)
             self._failed(raised)
             raise
 

@@ -329,8 +329,9 @@ class LoopModule(ModuleHooks, nn.Module):
         checkpoint.of_trainer(state, checkpoint_path)
         module = build(cls, state.get("hyper_parameters", {}), overrides, state.get("hparams_name"))
         partly = not strict or state.get("trainable_only", False)
-        checkpoint.load_module(module, state["state_dict"], checkpoint_path, strict=not partly)
+        module.configure_model()
         module.on_load_checkpoint(state)
+        checkpoint.load_module(module, state["state_dict"], checkpoint_path, strict=not partly)
         return module.to(map_location) if map_location is not None else module
 
     def __getstate__(self) -> dict[str, Any]:

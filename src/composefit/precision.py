@@ -52,14 +52,21 @@ class Precision:
             )
         return cls(name, *_NAMES[name])
 
-    def context(self, device: torch.device) -> AbstractContextManager[object] | None:
+    def context(
+        self, device: torch.device, cache: bool = True
+    ) -> AbstractContextManager[object] | None:
         """The autocast context, to be entered anew around each resume; None where there is none.
 
         Leaving it drops autocast's cache of cast weights, which an update in between has outdated.
+
+        Args:
+            device: where the step runs.
+            cache: cast a weight once. All threads have one cache in common: whether a shard casts
+                a weight itself, and so where gradients are rounded, would be a matter of timing.
         """
         if self.autocast is None:
             return None
-        return torch.autocast(device.type, self.autocast)
+        return torch.autocast(device.type, self.autocast, cache_enabled=cache)
 
     @property
     def scales_losses(self) -> bool:

@@ -114,7 +114,8 @@ def _find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
     checkpoint.refuse_address(ckpt_path)  # before it becomes a Path, which takes a slash away
     callbacks = trainer.checkpoint_callbacks
     if ckpt_path == "best":
-        best = [Path(one.best_model_path) for one in callbacks if one.best_model_path]
+        judging = sorted(callbacks, key=lambda one: one.monitor is None)
+        best = [Path(one.best_model_path) for one in judging if one.best_model_path]
         if not best:
             raise ValueError(
                 "ckpt_path='best', and no ModelCheckpoint(monitor=...) of this trainer has "
@@ -122,8 +123,9 @@ def _find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
             )
         return best[0]
     if ckpt_path not in ("last", "auto"):
-        return Path(ckpt_path)
-    places = [Path(c.dirpath or trainer.default_root_dir) / c.LAST for c in callbacks]
+        return Path(ckpt_path).expanduser()
+    folders = [Path(c.dirpath or trainer.default_root_dir).expanduser() for c in callbacks]
+    places = [folder / ModelCheckpoint.LAST for folder in folders]
     places = places or [trainer.default_root_dir / ModelCheckpoint.LAST]
     there = [place for place in places if place.is_file()]
     if there:
@@ -140,10 +142,15 @@ def load_weights(trainer: Trainer, module: LoopModule, found: Found | None) -> N
     """Load the module of a checkpoint, and nothing else of it."""
     if found is not None:
         path, state = found
+        tell_of_load(trainer, module, state)
         checkpoint.load_module(module, state["state_dict"], path, not state["trainable_only"])
-        module.on_load_checkpoint(state)
-        for callback in trainer.callbacks:
-            callback.on_load_checkpoint(trainer, module, state)
+
+
+def tell_of_load(trainer: Trainer, module: LoopModule, state: dict[str, Any]) -> None:
+    """Hooks that may change a state before anything of it is taken back: rename keys, say."""
+    module.on_load_checkpoint(state)
+    for callback in trainer.callbacks:
+        callback.on_load_checkpoint(trainer, module, state)
 
 
 def refuse_misfit(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
@@ -205,9 +212,10 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         UserWarning: the state was written within a step that failed, or holds the state of
             callbacks that are not there.
     """
-    refuse_misfit(trainer, path, state)
     module, training, loop = trainer.module, trainer.training, trainer.loop
     assert module is not None and training is not None
+    tell_of_load(trainer, module, state)
+    refuse_misfit(trainer, path, state)
     if state["mid_step"]:
         warnings.warn(
             f"{path} was written after step {state['global_step']} failed between two of its "
@@ -216,11 +224,6 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         )
     if loop is not None:  # first, since its loaders may refuse the state of others
         loop.load_state_dict({k: v for k, v in state["loop"].items() if k != "class"})
-    module.on_load_checkpoint(state)
-    for callback in trainer.callbacks:
-        callback.on_load_checkpoint(trainer, module, state)
-    if trainer.datamodule is not None:
-        trainer.datamodule.load_state_dict(state["data"])
     module.load_state_dict(state["state_dict"], strict=False)
     for name, one in training.optimizers.items():
         kept = {key: value for key, value in state["optimizers"][name].items() if key != "class"}

@@ -815,9 +815,19 @@ def _outcome(trainer: _Stopping) -> dict[str, Any]:
         "loss scale of ": {n: scale.state_dict() for n, scale in training.stepper.scales.items()},
         "updates of ": dict(trainer.updates),
         "trainer.": {"global_step": trainer.global_step, "current_epoch": trainer.current_epoch},
-        "state of callback ": {key: c.state_dict() for key, c in keyed(trainer.callbacks)},
+        "state of callback ": {key: _state(c) for key, c in keyed(trainer.callbacks)},
         "logged value ": trainer.known_values(),
     }
+
+
+def _state(callback: Callback) -> dict[str, Any]:
+    state = callback.state_dict()
+    if isinstance(callback, ModelCheckpoint):
+        # Not the names of its files: a limit lets a fit end with one more validation, and the file
+        # of that is in the way of a later one.
+        state["best_k_models"] = list(state["best_k_models"].values())
+        del state["best_model_path"], state["last_model_path"]
+    return state
 
 
 def _first_difference(found: Any, expected: Any, where: str) -> str | None:

@@ -103,6 +103,7 @@ class Trainer:
         training: optimizers and driver of the training that goes on, or None.
         evaluation: drivers and logs of validation, test and prediction.
         mid_step: the last step failed after some of its updates.
+        ready: optimizers are made, and any checkpoint is taken back.
         history: what was logged, for `report`.
         run_seed: the seed of this run's random draws.
     """
@@ -215,6 +216,7 @@ class Trainer:
         self.global_step = 0
         self.should_stop = False
         self.mid_step = False
+        self.ready = False
         self.is_global_zero = True
         self.global_rank = self.local_rank = 0
         self.world_size = 1
@@ -233,6 +235,7 @@ class Trainer:
         self.call: HookCaller
         self._brought: list[Callback] = []  # by the module of the run
         self._whole_epoch = True
+        self._resumed_epoch = 0  # what loaders are made for, before the loops are there
 
     # -- what a user calls ---------------------------------------------------------------------
 
@@ -274,6 +277,10 @@ class Trainer:
         ready = self._fit_loop(module, sources) if sources.given_directly else None
         self._attach(module, sources.datamodule)
         with running(self, module, "fit", sources.datamodule):
+            if state is not None and sources.datamodule is not None:
+                sources.datamodule.load_state_dict(state[1].get("data", {}))
+            self.loop = self.fit_loop = None
+            self._resumed_epoch = 0 if state is None else state[1]["epoch"]
             loop = ready or self._fit_loop(module, sources)
             self._begin(module, loop, state)
             loop.run(self, module)
@@ -342,8 +349,10 @@ class Trainer:
             )
             snapshot.load_weights(self, module, state)
             self.strategy.place(module, self.precision.dtype)
-            self.loop = loop
-            return loop.run(self, module)
+            try:
+                return loop.run(self, module)
+            finally:
+                loop.close()
 
     def run(self, loop: Loop, module: LoopModule, ckpt_path: str | Path | None = None) -> Any:
         """Run any loop: one of your own, or one of this package's put together differently.
@@ -421,14 +430,18 @@ class Trainer:
         self.global_step += 1
         training.finish_step(shards, batches)
         self.logs.add(shards)
-        training.step_monitors()
+        if training.monitors:
+            training.step_monitors()
         if self.global_step % self.log_every_n_steps == 0:
             self.write_step()
         elif training.norms:
             self._write_own(self._own_norms())
         losses = driver.losses
         if len(training.optimizers) == 1:
-            return {"loss": next(iter(losses.values()))} if losses else {}
+            if losses:
+                losses = training.losses = {"loss": next(iter(losses.values()))}
+        else:
+            training.losses.update(losses)
         return losses
 
     def evaluate(
@@ -512,7 +525,7 @@ class Trainer:
     @property
     def current_epoch(self) -> int:
         """The epoch that runs, from 0."""
-        return getattr(self.fit_loop or self.loop, "epoch", 0)
+        return getattr(self.fit_loop or self.loop, "epoch", self._resumed_epoch)
 
     @property
     def optimizers(self) -> dict[str, NamedOptimizer]:
@@ -644,7 +657,7 @@ class Trainer:
             run.signals.obey()
 
     def end_epoch(self, whole: bool = True) -> None:
-        """The end of a training epoch: means, schedulers by epoch, and what went unused.
+        """The end of a training epoch: means, and what went unused.
 
         Args:
             whole: False where the epoch was left before its end: it may go on.
@@ -655,7 +668,6 @@ class Trainer:
             training = self.training
             assert training is not None
             training.warn_of_idle(self.current_epoch)
-            training.step_epoch_schedules(self.current_epoch + 1, monitored=False)
 
     def write_epoch(self) -> None:
         """Hand the epoch's means to the loggers, with what hooks have logged at its end."""
@@ -665,12 +677,12 @@ class Trainer:
     def settle_epoch(self) -> None:
         """After the hooks of an epoch's end, before its state is saved.
 
-        Schedulers that count epochs and look at a logged value step here: hooks may have logged it.
+        Schedulers that count epochs step here: what they look at may be logged by these hooks.
         """
         self.write_epoch()
         if self._whole_epoch:
             assert self.training is not None
-            self.training.step_epoch_schedules(self.current_epoch + 1, monitored=True)
+            self.training.step_epoch_schedules(self.current_epoch + 1)
 
     @contextmanager
     def hearing(self, logs: Logs) -> Iterator[None]:
@@ -785,8 +797,10 @@ class Trainer:
             loop = EvaluateLoop(self._several(sources, name, limit), stage)
             snapshot.load_weights(self, module, state)
             self.strategy.place(module, self.precision.dtype)
-            self.loop = loop
-            found = loop.run(self, module)
+            try:
+                found = loop.run(self, module)
+            finally:
+                loop.close()
         if verbose and any(isinstance(one, ProgressBar) for one in self.callbacks):
             print_results(stage, found)
         return found
@@ -798,6 +812,7 @@ class Trainer:
             self.module = module
             self.training = None
         self.datamodule = datamodule
+        self.ready = False
         self.evaluation.forget()
         self.evaluation.logs = Logs()
         self.seed_run(torch.initial_seed() if self.seed is None else self.seed)
@@ -834,6 +849,7 @@ class Trainer:
         self._log_hyperparameters()
         if state is not None:
             snapshot.restore(self, *state)
+        self.ready = True
 
     def _fit_loop(self, module: LoopModule, sources: Sources) -> FitLoop:
         limits = self.limits

@@ -39,6 +39,8 @@ class Training:
         driver: runs the steps.
         samples_seen: the samples trained on; None where nobody knows how many there are.
         batch_idx: the index of the first loader batch of the step that runs.
+        losses: name -> the reduced loss of an optimizer's last update.
+        monitors: schedulers that wait for the end of the step.
         norms: name -> the norm of an optimizer's gradients, where the step that runs was due.
     """
 
@@ -65,8 +67,9 @@ class Training:
         self.driver = trainer.driver(module, body, self.stepper)
         self.samples_seen: int | None = 0
         self.batch_idx = 0
+        self.losses: dict[str, Tensor] = {}
         self.norms: dict[str, Tensor] = {}
-        self._monitors: list[tuple[str, Schedule]] = []
+        self.monitors: list[tuple[str, Schedule]] = []
         self._epoch_updates: Counter[str] = Counter()
         self._epoch_steps = 0
         self._samples_per_batch: int | None = None
@@ -104,6 +107,9 @@ class Training:
     def _count_samples(self, shards: Sequence[Shard], batches: Sequence[Any]) -> None:
         """For samples per second; the size of batches that nobody cut is asked once at most."""
         assert self.samples_seen is not None
+        if self._samples_per_batch is not None and len(batches) == len(shards) == 1:
+            self.samples_seen += shards[0].known_samples or self._samples_per_batch
+            return
         sizes = [shard.known_samples for shard in shards]
         if None in sizes:
             sizes = [self._samples_per_batch] * len(batches)
@@ -197,7 +203,7 @@ class Training:
                 if schedule.monitor is None:
                     self._step_scheduler(schedule, None)
                 else:  # what this step logs is known at its end
-                    self._monitors.append((name, schedule))
+                    self.monitors.append((name, schedule))
         if self._after_heard:
             self.trainer.call("on_after_optimizer_step", optimizer, name)
 
@@ -210,22 +216,15 @@ class Training:
 
     def step_monitors(self) -> None:
         """At the end of a step: schedulers that count updates and look at a logged value."""
-        if self._monitors:
-            waiting, self._monitors = self._monitors, []
-            for name, schedule in waiting:
-                self._step_schedule(name, schedule)
+        waiting, self.monitors = self.monitors, []
+        for name, schedule in waiting:
+            self._step_schedule(name, schedule)
 
-    def step_epoch_schedules(self, epochs: int, monitored: bool) -> None:
-        """At the end of an epoch: schedulers that count these.
-
-        Args:
-            epochs: those that are over.
-            monitored: those that look at a logged value, or the others.
-        """
+    def step_epoch_schedules(self, epochs: int) -> None:
+        """At the end of an epoch, so many of which are over: schedulers that count these."""
         for one in self.optimizers.values():
             for schedule in one.schedulers:
-                due = schedule.interval == "epoch" and schedule.due(epochs)
-                if due and (schedule.monitor is not None) is monitored:
+                if schedule.interval == "epoch" and schedule.due(epochs):
                     self._step_schedule(one.name, schedule)
 
     def _step_schedule(self, name: str, schedule: Schedule) -> None:

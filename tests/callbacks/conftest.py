@@ -32,6 +32,7 @@ class FakeTrainer:
         self.metrics: Callable[[], dict[str, float]] = dict
         self.metric_requests = 0
         self.global_step = 0
+        self.training = None
         self.current_epoch = 0
         self.max_epochs: int | None = 2
         self.max_steps = -1

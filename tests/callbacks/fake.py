@@ -51,7 +51,8 @@ class SteppedTrainer:
         self.val_check_interval: int | float | None = 1.0
         self.check_val_every_n_epoch: int | None = 1
         self.window = 1
-        self.fit_loop: Any = SimpleNamespace(train=SimpleNamespace(batch_idx=0))
+        self.fit_loop: Any = SimpleNamespace(train=SimpleNamespace(batch_idx=0, interrupted=False))
+        self.ready = True
         self.saved: list[str] = []
         self.disk_full = False
         for name, value in given.items():
@@ -133,7 +134,7 @@ class SteppedTrainer:
             raise OSError(28, "No space left on device")
         state: dict[str, Any] = {
             "composefit_checkpoint": checkpoint.FORMAT,
-            "module": self.module.state_dict(),
+            "state_dict": self.module.state_dict(),
             "trainable_only": trainable_only,
         }
         if not weights_only:

@@ -71,6 +71,7 @@ def fit(
                     raise RuntimeError("the step failed")
                 if trainer.samples_seen is not None:
                     trainer.samples_seen += samples
+                trainer.train.batch_idx = batch_idx + 1
                 bar.on_train_batch_end(trainer, None, None, None, batch_idx)
             if validation_seconds is not None:
                 validate(trainer, bar, clock, validation_seconds)
@@ -152,8 +153,10 @@ def test_speed_is_that_of_the_latest_drawings_not_of_the_start(make_trainer, clo
     bar.on_train_start(trainer, None)
     clock.now += 3600.0  # compiling
     for trainer.current_epoch in range(100):
+        bar.on_train_epoch_start(trainer, None)
         clock.now += 1.0
         trainer.samples_seen += 5000
+        trainer.train.batch_idx = 10
         bar.on_train_batch_end(trainer, None, None, None, 9)
         bar.on_train_epoch_end(trainer, None)
     assert "5,000 samples/s" in written(pipe).splitlines()[-1]
@@ -191,6 +194,7 @@ def test_time_left_is_that_of_the_limit_that_comes_first(make_trainer, clock, pi
         for batch_idx in range(4):
             clock.now += 1.0
             trainer.global_step += 1
+            trainer.train.batch_idx = batch_idx + 1
             bar.on_train_batch_end(trainer, None, None, None, batch_idx)
         bar.on_train_epoch_end(trainer, None)
     assert "0:02 left" in written(pipe).splitlines()[-1]
@@ -203,6 +207,7 @@ def test_time_left_of_a_resumed_fit_counts_what_this_fit_did(make_trainer, clock
     for trainer.current_epoch in (5, 6, 7):
         bar.on_train_epoch_start(trainer, None)
         clock.now += 60.0
+        trainer.train.batch_idx = 4
         bar.on_train_batch_end(trainer, None, None, None, 3)
         bar.on_train_epoch_end(trainer, None)
     # a minute an epoch, two epochs to go; five free ones would make it 0:45 or less

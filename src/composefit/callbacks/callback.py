@@ -53,6 +53,9 @@ class Callback:
     Attributes:
         saves_state: its hooks run after all others.
         counts_samples: it reads ``trainer.samples_seen``, so the size of a batch has to be asked.
+        batch_interval: its batch hooks of training are called at most once in so many seconds, and
+            for an epoch's first batch. 0 for every batch; what only shows progress needs less, and
+            calling hooks is not free.
         runs_before: kinds of callbacks that must not come before this one in the list.
 
     Example:
@@ -76,6 +79,7 @@ class Callback:
 
     saves_state: ClassVar[bool] = False
     counts_samples: ClassVar[bool] = False
+    batch_interval: float = 0.0
     runs_before: ClassVar[tuple[type[Callback], ...]] = ()
 
     @property

@@ -128,6 +128,8 @@ class EarlyStopping(Callback):
             return
         if trainer.sanity_checking or trainer.fast_dev_run:
             return
+        if trainer.fit_loop is not None and trainer.fit_loop.train.interrupted:
+            return  # an epoch that was cut short may go on
         if judges_at_epoch_end(trainer, self.check_on_train_epoch_end) is not at_epoch_end:
             return
         known = trainer.callback_metrics

@@ -293,7 +293,7 @@ class EMA(Callback):
             raise ValueError(
                 f"{path} holds the averages of {sorted(candidates) or 'no EMA'}{which}"
             )
-        weights, averages = dict(found["module"]), candidates[state_key]
+        weights, averages = dict(found["state_dict"]), candidates[state_key]
         substitute(module, weights, averages)
         # Of a file with trainable weights alone, the others stay as they are here.
         checkpoint.load_module(module, weights, path, strict=not found["trainable_only"])

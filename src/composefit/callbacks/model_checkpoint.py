@@ -209,7 +209,7 @@ class ModelCheckpoint(Callback):
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """After a validation: save where these are what states are judged by."""
-        if not self._saves(trainer):
+        if not self._saves(trainer) or self._cut_short(trainer):
             return
         by_epoch = self._epoch_due(trainer) and not self._at_epoch_end(trainer)
         if by_epoch or self._deferred:
@@ -217,7 +217,7 @@ class ModelCheckpoint(Callback):
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """After an epoch."""
-        if not self._saves(trainer):
+        if not self._saves(trainer) or self._cut_short(trainer):
             return
         due = self._epoch_due(trainer)
         if self._deferred or (due and self._at_epoch_end(trainer)):
@@ -238,7 +238,9 @@ class ModelCheckpoint(Callback):
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         """Save what there is, unless the end of this very step is saved already."""
-        in_fit = trainer.stage == "fit" and self._first_step >= 0
+        # Loops of the user's own need not call the hooks of a fit.
+        begun = self._first_step >= 0 or (trainer.fit_loop is None and trainer.ready)
+        in_fit = trainer.stage == "fit" and begun and trainer.global_step > self._first_step
         if in_fit and self.save_on_exception and not _is_a_trial(trainer):
             self._write_last(trainer, always=True)
 
@@ -248,6 +250,10 @@ class ModelCheckpoint(Callback):
 
     def _saves(self, trainer: Any) -> bool:
         return trainer.stage == "fit" and trainer.exception is None and not _is_a_trial(trainer)
+
+    def _cut_short(self, trainer: Any) -> bool:
+        """Whether the epoch was left before its end: it is not judged, since it may go on."""
+        return trainer.fit_loop is not None and trainer.fit_loop.train.interrupted
 
     def _epoch_due(self, trainer: Any) -> bool:
         every = self.every_n_epochs

@@ -1,5 +1,6 @@
 """What is about to be trained, and by which optimizer: two tables before training starts."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +55,8 @@ class ModelSummary(Callback):
             content = Padding(_optimizers_table(module, trainer.optimizers), (0, 1, 1, 1))
             print_table(console, content)
         self._describe_next_batch = True
+
+    batch_interval = math.inf  # the first batch of an epoch is enough
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         """Print how the strategy cuts the fit's first batch."""

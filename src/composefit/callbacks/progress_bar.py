@@ -113,8 +113,7 @@ class ProgressBar(Callback):
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw, if it is time to."""
-        self._epoch_batches = batch_idx + 1
-        self._batches += 1
+        self._count(batch_idx + 1)
         if outputs:
             self._losses.update(outputs)
         if (now := time.monotonic()) >= self._due:
@@ -128,11 +127,23 @@ class ProgressBar(Callback):
                 return
         self._draw(trainer)
 
+    @property
+    def batch_interval(self) -> float:  # type: ignore[override]
+        """Twice as often as it draws, so that a drawing is not late."""
+        return min(self.interval, self.line_interval) / 2
+
+    def _count(self, epoch_batches: int) -> None:
+        """So many batches of the epoch are done."""
+        self._batches += epoch_batches - self._epoch_batches
+        self._epoch_batches = epoch_batches
+
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Write the epoch's line, where lines are written."""
         display = self._display
         if display is None or trainer.exception is not None:
             return
+        if trainer.fit_loop is not None:
+            self._count(trainer.fit_loop.train.batch_idx)
         if not display.live or time.monotonic() >= self._due:
             self._draw(trainer)
 
@@ -211,6 +222,8 @@ class ProgressBar(Callback):
         """Leave the last drawing on the screen, and the terminal as it was."""
         display, stopped = self._display, isinstance(exception, (KeyboardInterrupt, SystemExit))
         if stopped and self._in_fit and display is not None and display.live:
+            if trainer.fit_loop is not None:
+                self._count(trainer.fit_loop.train.batch_idx)
             self._draw(trainer)  # where it was stopped; after a fault nothing may be asked for
         self._close()
 
@@ -241,6 +254,8 @@ class ProgressBar(Callback):
         display = self._display
         if display is None:
             return
+        if trainer.training is not None:  # its hook does not see every step
+            self._losses.update(trainer.training.losses)
         start = time.monotonic()
         view = self._view(trainer, start, finished)
         if self._guarded(display.show, view):

@@ -131,6 +131,8 @@ class Lockstep:
         """Let random streams follow from another seed from now on."""
         self.seed = seed
         self._key = hash_key(seed, SHARD)
+        for shard in (self._alone, *self._many):
+            shard.random.seed_anew(seed)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -422,7 +424,7 @@ class Lockstep:
 
     def autocast(self) -> AbstractContextManager[object] | None:
         """Autocast, to be entered anew around each resume; None where there is none."""
-        return self.precision.context(self.device)
+        return self.precision.context(self.device, cache=len(self.shards) == 1)
 
     def check(self, effect: Effect[Any]) -> None:
         """Put the name of the one optimizer into a bare loss, and refuse unknown names."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from composefit.loops.limits import Limits
@@ -31,7 +32,8 @@ class FitLoop(Loop):
 
     Args:
         train: the loop of one epoch; it knows when to validate.
-        limits: when the fit is over; `max_epochs` stands for `Limits(max_epochs)`.
+        limits: when the fit is over; `max_epochs` stands for `Limits(max_epochs)`. Without either,
+            the trainer's limits.
         sanity_batches: so many batches of each validation loader at first; -1 for all.
         reload: gives the epoch loop new loaders, before each `reload_every`-th epoch.
         reload_every: epochs; 0 for never.
@@ -48,7 +50,10 @@ class FitLoop(Loop):
         reload_every: int = 0,
     ) -> None:
         self.train = train
-        self.limits = train.limits = limits or Limits(max_epochs=max_epochs)
+        if limits is None and max_epochs is not None:
+            limits = Limits(max_epochs=max_epochs)
+        self._given = limits
+        self.limits = train.limits = limits or Limits()
         self.sanity_batches = sanity_batches
         self.reload = reload
         self.reload_every = reload_every
@@ -60,9 +65,13 @@ class FitLoop(Loop):
 
     def run(self, trainer: Trainer, module: LoopModule) -> None:
         """Train until the limits are reached."""
+        if self._given is None:  # those of the trainer, and what a resumed run has used of them
+            self.limits = self.train.limits = replace(trainer.limits, elapsed=self.limits.elapsed)
         call, limits, train = trainer.call, self.limits, self.train
         trainer.fit_loop = self
         trainer.num_training_batches = train.batches.number
+        validation = [] if train.validate is None else train.validate.loaders
+        trainer.num_val_batches = [one.number for one in validation]
         with (
             limits.clock(),
             call.span("on_fit_start", "on_fit_end", settle=trainer.write_epoch),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,9 @@ class TrainEpochLoop(Loop):
             on_train_batch_end, for each of them
             validate, where it is due
             stop between two steps, where the limits or a signal say so
-        the means of the epoch; schedulers that count epochs step
+        the means of the epoch
         on_train_epoch_end
+        schedulers that count epochs step; the state is saved
 
     Args:
         loader: batches, as a loader or as `Batches`.
@@ -73,19 +75,25 @@ class TrainEpochLoop(Loop):
     def run(self, trainer: Trainer, module: LoopModule) -> None:
         """Run one epoch, or what is left of it."""
         call, limits, batches = trainer.call, self.limits, self.batches
-        listened = call.anybody("on_train_batch_start", 2) or call.anybody("on_train_batch_end", 3)
+        timed = limits.max_time is not None
+        last = math.inf if limits.max_steps is None else limits.max_steps
+        pause, due = call.batch_interval("train"), 0.0  # of the batch hooks
         batches.seed = trainer.run_seed
         trainer.num_training_batches = batches.number
         self.interrupted = self._ended = False
         within = self.batch_idx > 0
         with call.span(
-            "on_train_epoch_start", "on_train_epoch_end", settle=trainer.settle_epoch, begun=within
+            "on_train_epoch_start",
+            "on_train_epoch_end",
+            settle=lambda: self._settle(trainer),
+            begun=within,
         ):
             if self._due():
                 self._validate(trainer, module)  # interrupted before, or by what resumes now
             for window in self._windows(trainer):
                 first = self.batch_idx
-                if listened:
+                if pause == 0 or (due < math.inf and time.monotonic() >= due):
+                    due = time.monotonic() + pause
                     with call.batch_span("train", window, first) as span:
                         if span.skipped:
                             break
@@ -97,7 +105,9 @@ class TrainEpochLoop(Loop):
                 trainer.between_steps()
                 if self._due():
                     self._validate(trainer, module)
-                if limits.reached(self.epoch, trainer.global_step, trainer.should_stop):
+                if (timed or trainer.should_stop or trainer.global_step >= last) and limits.reached(
+                    self.epoch, trainer.global_step, trainer.should_stop
+                ):
                     self.interrupted = self.batch_idx < batches.number
                     break
             if self.interrupted:
@@ -105,10 +115,14 @@ class TrainEpochLoop(Loop):
             if self._due_at_the_end():
                 self._validate(trainer, module, counts=not self.interrupted)
             trainer.end_epoch(whole=not self.interrupted)
-            self._ended = not self.interrupted
         if self._ended:
             self.epoch += 1
             self._begin_anew()
+
+    def _settle(self, trainer: Trainer) -> None:
+        """After the end hooks, but for those that save: from now on the epoch is over."""
+        trainer.settle_epoch()
+        self._ended = not self.interrupted
 
     def _advance(self, batches: int) -> None:
         """Their step is done: a state from now on goes on behind them."""
@@ -213,7 +227,7 @@ class TrainEpochLoop(Loop):
             "batch_idx": 0 if self._ended else self.batch_idx,
             "total": self._total,
             "validated": 0 if self._ended and not counting_on else self._validated,
-            "batches": None if self._ended else self.batches.state_dict(),
+            "batches": self.batches.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,5 +237,4 @@ class TrainEpochLoop(Loop):
         self.batch_idx = state["batch_idx"]
         self._total = state["total"]
         self._validated = state["validated"]
-        if state["batches"] is not None:
-            self.batches.load_state_dict(state["batches"])
+        self.batches.load_state_dict(state["batches"])

@@ -53,14 +53,18 @@ class SampleRandom:
     """
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed & 0xFFFF_FFFF_FFFF_FFFF
         self._philox = np.random.Philox(key=0)
         self._state = self._philox.state
         self._counter = self._state["state"]["counter"]
         self._key = self._state["state"]["key"]
-        self._key[0] = self._seed
         self._shared = SharedRandom()
+        self.seed_anew(seed)
         self.begin(0, 0, None, None, torch.get_default_dtype(), torch.device("cpu"))
+
+    def seed_anew(self, seed: int) -> None:
+        """Let the draws of the steps to come follow from another seed."""
+        self._seed = seed & 0xFFFF_FFFF_FFFF_FFFF
+        self._key[0] = self._seed
 
     def begin(
         self,
