@@ -6,12 +6,12 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := overhead threads gan memory randomness
+BENCHMARKS := overhead threads gan memory randomness reliability
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## train a GAN on handwritten digits; pictures go to runs/demo (about 90 s)
+demo: $(VENV)/.demo ## train a GAN on handwritten digits; pictures go to runs/demo (about 30 s)
 	$(BIN)/composefit demo
 
 test: lint ## lint, types and tests

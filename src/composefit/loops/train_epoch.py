@@ -103,7 +103,7 @@ class TrainEpochLoop(Loop):
                     trainer.step(module, window, first)
                     self._advance(len(window))
                 trainer.between_steps()
-                if self._due():
+                if self._every < math.inf and self._due():
                     self._validate(trainer, module)
                 if (timed or trainer.should_stop or trainer.global_step >= last) and limits.reached(
                     self.epoch, trainer.global_step, trainer.should_stop
@@ -136,7 +136,7 @@ class TrainEpochLoop(Loop):
         try:
             for batch in trainer.profiled("fetch", self.batches.epoch(self.epoch)):
                 window.append(batch)
-                if len(window) == size:
+                if size == 1 or len(window) == size:
                     yield window
                     window = []
         except Exception:
