@@ -574,13 +574,19 @@ def test_an_error_anywhere_leaves_the_terminal_as_it_was(terminal, hook, error):
 
 
 def test_a_training_that_is_stopped_shows_where(terminal):
+    # Where the tests run in the background, it is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Stop(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any) -> None:
             if trainer.global_step == 2:
                 signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        make(ProgressBar(1e9, console=terminal), Stop()).fit(GAN(), BATCHES)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make(ProgressBar(1e9, console=terminal), Stop()).fit(GAN(), BATCHES)
+    finally:
+        signal.signal(signal.SIGINT, before)
     bar_line, _ = drawings(terminal)[-1]
     assert re.match(r"epoch 1/2 +━*╸?╺?━+ +2/3", bar_line)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class TensorBoardLogger(Logger):
     def experiment(self) -> SummaryWriter:
         """The writer itself, for what only TensorBoard has; it begins with the first use."""
         if self._writer is None:
+            if self._purge_step is not None:
+                _wait_for_a_later_name(self.log_dir)
             self._writer = self._writer_class(self.log_dir, purge_step=self._purge_step)
             self._purge_step = None
         return self._writer
@@ -84,6 +87,18 @@ class TensorBoardLogger(Logger):
         """Have TensorBoard forget what was logged after the checkpoint."""
         self.finalize("finished")  # only the beginning of a file can say so
         self._purge_step = state["step"] + 1
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Files are read in the order of their names, which hold the second in which they began."""
+    begun = [
+        int(file.name.split(".")[3])
+        for file in folder.glob("events.out.tfevents.*")
+        if file.name.split(".")[3].isdecimal()
+    ]
+    latest = max(begun, default=0)
+    if int(time.time()) == latest:
+        time.sleep(max(0.0, latest + 1 - time.time()))
 
 
 def _flat(params: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
