@@ -26,7 +26,7 @@ from composefit.lockstep.stepper import OnNonfinite, Stepper
 from composefit.logged import Logged
 from composefit.loggers import Logger
 from composefit.logs import Logs
-from composefit.loops import EvaluateLoop, FitLoop, Limits, Loop, PredictLoop, TrainEpochLoop
+from composefit.loops import EvaluateLoop, FitLoop, Loop, PredictLoop, TrainEpochLoop
 from composefit.module import LoopModule, overridden
 from composefit.optimizers import ClipAlgorithm, NamedOptimizer
 from composefit.precision import Precision
@@ -878,7 +878,6 @@ class Trainer:
 
         def reload() -> None:
             train.reload(training(), validating() if validate is not None else [])
-            self.num_training_batches = train.batches.number
 
         self.num_training_batches = train.batches.number
         once = (
@@ -886,13 +885,6 @@ class Trainer:
         )
         return FitLoop(
             train,
-            Limits(
-                limits.max_epochs,
-                limits.max_steps,
-                limits.min_epochs,
-                limits.min_steps,
-                limits.max_time,
-            ),
             # What can be iterated only once is not spent on a trial.
             sanity_batches=0 if once else self.num_sanity_val_steps,
             reload=reload,

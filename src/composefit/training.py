@@ -108,7 +108,9 @@ class Training:
         """For samples per second; the size of batches that nobody cut is asked once at most."""
         assert self.samples_seen is not None
         if self._samples_per_batch is not None and len(batches) == len(shards) == 1:
-            self.samples_seen += shards[0].known_samples or self._samples_per_batch
+            samples = shards[0].known_samples or self._samples_per_batch
+            self.samples_seen += samples
+            self._unrated += samples
             return
         sizes = [shard.known_samples for shard in shards]
         if None in sizes:

@@ -124,8 +124,9 @@ class PythonGenerator:
         if not self.fast:
             self.generator.setstate(state)
             return
-        words, self.generator.gauss_next = state
-        ctypes.memmove(self.address, words, self._WORDS.size)
+        words, gauss = state
+        self.set_words(words)
+        self.generator.gauss_next = gauss
 
 
 PYTHON = PythonGenerator()
