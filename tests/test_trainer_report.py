@@ -14,7 +14,8 @@ from composefit import Callback, LoopModule, OptimizerConfig, SingleDevice, Trai
 from composefit.callbacks import GradientNormMonitor, LearningRateMonitor, ThroughputMonitor
 from composefit.callbacks.early_stopping import EarlyStopping
 from composefit.images import Image
-from tests.lockstep.steps import data, linear
+from tests.lockstep.steps import data, linear, module
+from tests.lockstep.steps import trainer as quiet
 
 BATCHES = list(data(24, 3).split(4))
 
@@ -356,3 +357,16 @@ def test_monitors_that_stop_a_run_leave_a_report_of_what_was_run(tmp_path: Path)
     assert run.history.step == run.global_step < 300
     shown = re.sub(r"\s+", " ", text(run.report()))
     assert f"steps {run.global_step} " in shown
+
+
+def test_samples_per_second_count_every_step(tmp_path: Path) -> None:
+    """Also where nobody has cut the batches, and their size is asked once."""
+
+    class Counting(Callback):
+        counts_samples = True
+
+    run = quiet(callbacks=Counting(), max_epochs=2, log_every_n_steps=2)
+    run.fit(module(lambda self, x: self.net(x).square().mean()), [torch.rand(4, 3).double()] * 6)
+    _, rates = run.history.curves()["samples_per_second"]
+    assert len(rates) == 6
+    assert (rates > 0).all()
