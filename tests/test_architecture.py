@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("lightning",),  # other names for what is below
     ("trainer",),
-    ("training", "evaluation", "running", "snapshot"),  # what a trainer consists of
+    ("training", "evaluation", "running", "snapshot", "remote"),  # what a trainer consists of
     ("arguments", "hooks", "logs", "report", "results", "sources"),
     ("loops", "history"),
     ("callbacks", "loggers", "profilers", "datamodule"),
@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("replicas",),
     ("optimizers",),
-    ("precision", "random", "data", "tree", "images", "checkpoint"),
+    ("precision", "random", "ranks", "data", "tree", "images", "checkpoint"),
     ("hyperparameters", "seeding", "settings", "signals"),
 )
 

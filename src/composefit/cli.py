@@ -1,10 +1,12 @@
-"""The command line: `composefit demo`."""
+"""The command line: `composefit demo`, `composefit doctor`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from composefit.doctor import doctor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -14,7 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what stands after `composefit` on the command line; None takes them from there.
 
     Returns:
-        The exit status: 0, or 1 where something that the command needs is not installed.
+        The exit status: 0, or 1 where something that the command needs is not installed, or where
+        the doctor finds that a trainer could not start.
 
     Raises:
         SystemExit: by argparse, with status 2, where the arguments make no sense.
@@ -22,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="composefit", description=__doc__)
     commands = parser.add_subparsers(title="commands", metavar="command", required=True)
     _add_demo(commands)
+    _add_doctor(commands)
     options = vars(parser.parse_args(arguments))
     command: Callable[..., int] = options.pop("command")
     return command(**options)
@@ -67,6 +71,20 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         return _demo(parser, **options)
 
     parser.set_defaults(command=demo)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what this machine has, and which strategy it would take",
+        description="Print versions, cores, memory, GPUs, back ends of torch.distributed, the job "
+        "that this process is a rank of, and the strategy that Trainer(strategy='auto') would take "
+        "here, and why. What may be a problem begins with '!'.",
+    )
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="for a program, or a bug report"
+    )
+    parser.set_defaults(command=doctor)
 
 
 def _demo(parser: argparse.ArgumentParser, **options: object) -> int:

@@ -23,12 +23,16 @@ Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
 Pull = Callable[[int, Sequence["Tensor | None"]], "list[Tensor | None]"]
 
 
-class ShardView(Protocol):
-    """What an effect sees of one shard."""
+class ShardSize(Protocol):
+    """What an effect sees of any shard, on this rank or another."""
 
     @property
     def samples(self) -> int:
         """Its samples; asked of the batch only when somebody wants to know."""
+
+
+class ShardView(ShardSize, Protocol):
+    """What an effect sees of its own shard."""
 
     def parameters(self, name: str) -> list[Parameter]:
         """The trainable parameters of a named optimizer."""
@@ -43,8 +47,8 @@ class Barrier(Protocol):
     """What an effect may do with all shards at the barrier."""
 
     @property
-    def shards(self) -> Sequence[ShardView]:
-        """The shards in sample order."""
+    def shards(self) -> Sequence[ShardSize]:
+        """The shards in sample order, those of other ranks too."""
 
     def cross(self, sources: list[list[Tensor]], leaves: list[list[Tensor]], pull: Pull) -> None:
         """Let gradients flow back from `leaves` (per shard) to every shard's `sources`.
@@ -83,8 +87,29 @@ class Effect(Generic[Result]):
     def visit(self, shard: ShardView) -> None:
         """The shard's own part, in its worker, at the yield."""
 
+    def values(self) -> tuple[Tensor | float, ...]:
+        """What other ranks need to know of this shard's: numbers, and tensors that are detached.
+
+        As many for every shard; a tensor's rows may differ, all after dimension 0 may not.
+        """
+        return ()
+
+    def of_another_rank(self, values: Sequence[Any]) -> Effect[Any]:
+        """What stands for the effect of a shard on another rank, of which these are the values.
+
+        A tensor among them requires a gradient where the other's does.
+        """
+        return self
+
+    def loss_of(self, key: str) -> Tensor | Loss:
+        """The loss whose gradients were taken under `key`, of an effect that takes any."""
+        raise NotImplementedError
+
     def combine(self, barrier: Barrier, effects: Sequence[Any]) -> list[Result]:
-        """All shards' effects (`self` is the first): the result for each, in the same order."""
+        """All shards' effects: the result for each, in the same order.
+
+        Shards of other ranks are among them, by what stands for their effects.
+        """
         raise NotImplementedError
 
 
@@ -143,6 +168,14 @@ class Gather(Effect["tuple[Tensors, int]"], Generic[Tensors]):
         """Shapes but for the rows, and dtypes."""
         shapes = tuple((tuple(t.shape[1:]), t.dtype) for t in self.tensors)
         return ("Gather", self.single, shapes)
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The tensors."""
+        return self.tensors
+
+    def of_another_rank(self, values: Sequence[Any]) -> Gather[Any]:
+        """With its tensors."""
+        return Gather(tuple(values))
 
     def combine(self, barrier: Barrier, effects: Sequence[Gather[Any]]) -> list[Any]:
         """Everything for everybody, as leaves whose gradients the barrier takes back."""
@@ -234,6 +267,14 @@ class Once(Effect[Any]):
         name = getattr(self.function, "__qualname__", type(self.function).__name__)
         return ("Once", name, self.rows, tuple(tuple(t.shape[1:]) for t in self.tensors))
 
+    def values(self) -> tuple[Tensor, ...]:
+        """The tensors."""
+        return tuple(tensor.detach() for tensor in self.tensors)
+
+    def of_another_rank(self, values: Sequence[Any]) -> Once:
+        """With its tensors."""
+        return Once(self.function, *values, rows=self.rows)
+
     def combine(self, barrier: Barrier, effects: Sequence[Once]) -> list[Any]:
         """One call with everybody's rows."""
         columns = zip(*(effect.tensors for effect in effects), strict=True)
@@ -272,6 +313,14 @@ class Reduce(Effect[Tensor]):
         """What each term is a mean over."""
         return ("Reduce", kinds(self.loss))
 
+    def values(self) -> tuple[Tensor | float, ...]:
+        """Total and weight of each term."""
+        return numbers_of(self.loss)
+
+    def of_another_rank(self, values: Sequence[Any]) -> Reduce:
+        """With its totals and weights."""
+        return Reduce(cast(Loss, with_numbers(self.loss, values)))
+
     def combine(self, barrier: Barrier, effects: Sequence[Reduce]) -> list[Tensor]:
         """The sum of the totals over the sum of the weights, term by term."""
         columns = list(zip(*(effect.loss.terms for effect in effects), strict=True))
@@ -309,6 +358,32 @@ def kinds(loss: Loss | Tensor) -> tuple[str, ...]:
     return tuple(
         "sample mean" if t.weight is None else "sum" if t.weight is SUMMED else "mean"
         for t in loss.terms
+    )
+
+
+def numbers_of(loss: Loss | Tensor) -> tuple[Tensor | float, ...]:
+    """The totals and weights of a loss's terms, as far as they are the shard's own."""
+    if isinstance(loss, Tensor):
+        return (loss,)
+    found: list[Any] = []
+    for term in loss.terms:
+        found.append(term.total)
+        if term.weight is not None and term.weight is not SUMMED:
+            found.append(term.weight)
+    return tuple(found)
+
+
+def with_numbers(loss: Loss | Tensor, numbers: Sequence[Any]) -> Loss | Tensor:
+    """A loss of the same terms with the totals and weights that `numbers_of` another gave."""
+    left = iter(numbers)
+    if isinstance(loss, Tensor):
+        return cast(Tensor, next(left))
+    own = (None, SUMMED)
+    return Loss(
+        tuple(
+            Term(next(left), t.weight if any(t.weight is o for o in own) else next(left))
+            for t in loss.terms
+        )
     )
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from composefit.callbacks import Callback
+from composefit.data.rows import Rows
 from composefit.logged import Context, Logged
 from composefit.module import LoopModule
 from composefit.module_hooks import ModuleHooks
@@ -224,9 +225,9 @@ class HookCaller:
         Its `outputs` are set within the span and given to the end hooks.
         """
         if len(batches) == 1:  # at nearly every step, so it is worth a case of its own
-            own = [(batches[0], first, *more)]
+            own = [(_shown(batches[0]), first, *more)]
         else:
-            own = [(batch, i, *more) for i, batch in enumerate(batches, first)]
+            own = [(_shown(batch), i, *more) for i, batch in enumerate(batches, first)]
         begin, end = _BATCH_HOOKS[stage]
         return Span(self, begin, end, own, None, stage != "train", False, True)
 
@@ -465,3 +466,8 @@ def _fitted(hook: Callable[..., Any], count: int, first: tuple[Any, ...]) -> Cal
         return bound
     rest = max(takes - len(first), 0)
     return lambda *arguments: bound(*arguments[:rest])
+
+
+def _shown(batch: Any) -> Any:
+    """What hooks see of a batch: where a rank has rows of it, these."""
+    return batch.batch if type(batch) is Rows else batch

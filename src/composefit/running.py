@@ -60,6 +60,9 @@ def running(
             if trainer.training is not None and stage == "fit":
                 trainer.training.stepper.finish()
         except BaseException as error:
+            world = trainer.strategy.world
+            if world is not None:  # before any hook, so that nobody waits in vain
+                world.fail(error)
             trainer.call.fail(error)
             _wind_up(trainer, stage, error)
             raise
@@ -76,8 +79,17 @@ def _set_up(
 ) -> None:
     if datamodule is not None:
         datamodule.trainer = trainer
-        datamodule.prepare_data()
-    module.prepare_data()
+    world = trainer.world
+
+    def prepare() -> None:
+        if datamodule is not None:
+            datamodule.prepare_data()
+        module.prepare_data()
+
+    if world is None:
+        prepare()
+    else:
+        world.first_here(prepare)
     if datamodule is not None:
         datamodule.setup(stage)
     trainer.call("setup", stage)

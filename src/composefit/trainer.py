@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-from composefit import arguments, checkpoint, report, snapshot
+from composefit import arguments, checkpoint, remote, report, snapshot
 from composefit.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
 from composefit.data import Batches
+from composefit.data.rows import Rows
 from composefit.datamodule import DataModule
 from composefit.evaluation import Evaluation
 from composefit.history import History
@@ -31,6 +33,7 @@ from composefit.module import LoopModule, overridden
 from composefit.optimizers import ClipAlgorithm, NamedOptimizer
 from composefit.precision import Precision
 from composefit.profilers import Profiler, as_profiler
+from composefit.ranks import World
 from composefit.results import print_results
 from composefit.running import Run, running
 from composefit.sources import Sources
@@ -217,9 +220,6 @@ class Trainer:
         self.should_stop = False
         self.mid_step = False
         self.ready = False
-        self.is_global_zero = True
-        self.global_rank = self.local_rank = 0
-        self.world_size = 1
         self.module: LoopModule | None = None
         self.datamodule: DataModule | None = None
         self.loop: Loop | None = None
@@ -272,6 +272,11 @@ class Trainer:
         sources = Sources.of(module, datamodule, train=train_dataloaders, val=val_dataloaders)
         sources.refuse("train", "fit")
         self._refuse_to_run_twice("fit")
+        if self._launches():
+            given = {"train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+            given |= {"datamodule": datamodule, "ckpt_path": ckpt_path}
+            remote.call(self, "fit", module, given)
+            return
         state = snapshot.read(self, ckpt_path)
         # Where nobody has to set up data first, loaders that cannot be are refused now.
         ready = self._fit_loop(module, sources) if sources.given_directly else None
@@ -341,6 +346,10 @@ class Trainer:
             One entry for each loader batch, in order, joined over shards; with several loaders one
             such list for each; None without `return_predictions`.
         """
+        if self._launches():
+            given = {"dataloaders": dataloaders, "datamodule": datamodule, "ckpt_path": ckpt_path}
+            given["return_predictions"] = return_predictions
+            return self._launched("predict", model, given)  # type: ignore[no-any-return]
         module, sources, state = self._prepare("predict", model, dataloaders, datamodule, ckpt_path)
         self._attach(module, sources.datamodule)
         with running(self, module, "predict", sources.datamodule):
@@ -369,6 +378,8 @@ class Trainer:
             raise TypeError(f"trainer.run expects a Loop, got {type(loop).__name__}")
         self._check(module, *(("configure_optimizers",) if loop.trains else ()))
         self._refuse_to_run_twice("run")
+        if self._launches():
+            return remote.call(self, "run", module, {"loop": loop, "ckpt_path": ckpt_path})
         state = snapshot.read(self, ckpt_path)
         self._attach(module, None)
         with running(self, module, loop.stage, None):
@@ -416,6 +427,8 @@ class Trainer:
         assert training is not None
         training.batch_idx = batch_idx
         driver = training.driver
+        if (world := self.strategy.world) is not None:
+            world.mine.signal, world.mine.stop = self.interrupted, self.should_stop
         try:
             if self.profiler is None:
                 shards = driver.step(batches, batch_idx, self.global_step)
@@ -468,7 +481,7 @@ class Trainer:
         self.logs = self._heard = Logs()
         self.evaluation.logs = Logs()
         self.training = None
-        self.seed_run(torch.initial_seed() if self.seed is None else self.seed)
+        self.seed_run(self._first_seed())
         self.strategy.place(module, self.precision.dtype)
         self.training = Training(self, module)
 
@@ -521,6 +534,48 @@ class Trainer:
         return report.write(target, self.history, settings, report.environment(), title)
 
     # -- what loops and callbacks read ---------------------------------------------------------
+
+    @property
+    def world(self) -> World | None:
+        """The ranks of the job; None where this process is all of it."""
+        return self.strategy.world
+
+    @property
+    def global_rank(self) -> int:
+        """The rank of this process in the job."""
+        world = self.world
+        return 0 if world is None else world.rank
+
+    @property
+    def local_rank(self) -> int:
+        """Its rank on this machine."""
+        world = self.world
+        return 0 if world is None else world.local_rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        world = self.world
+        return 1 if world is None else world.size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes."""
+        return self.global_rank == 0
+
+    def clock(self) -> float:
+        """Seconds on a clock that all ranks agree on: as of the last message between them."""
+        world = self.world
+        return time.monotonic() if world is None else world.agreed.clock
+
+    def asked_to_stop(self) -> bool:
+        """Whether the training is to end: `should_stop`, on any rank. Every rank must ask."""
+        world = self.world
+        if world is not None:
+            world.mine.stop = self.should_stop
+            world.agree("whether to go on")
+            self.should_stop = world.agreed.stop
+        return self.should_stop
 
     @property
     def current_epoch(self) -> int:
@@ -637,6 +692,10 @@ class Trainer:
     def describe_batch(self, batch: Any) -> str | None:
         """How a loader's batch is cut, `32 = 2 threads x 16`; None where its size is not known."""
         assert self.module is not None
+        if isinstance(batch, Rows):
+            if batch.sizes is not None:
+                return self.strategy.describe(sum(batch.sizes))
+            return None
         try:
             samples = batch_size(self.module, batch)
         except (TypeError, ValueError):  # if somebody needs the size, the step will say so
@@ -653,7 +712,19 @@ class Trainer:
             SystemExit: after SIGTERM (143) or SIGUSR1 (138).
         """
         run = self.run_in_progress
-        if run is not None and run.signals.received:
+        if run is None:
+            return
+        world = self.strategy.world
+        if world is None:
+            if run.signals.received:
+                run.signals.obey()
+            return
+        if self._heard is not self.logs:  # an evaluation, whose steps need not tell each other
+            world.mine.signal = run.signals.received
+            world.agree("an evaluation, between two batches")
+        if world.agreed.signal:
+            run.signals.received = world.agreed.signal
+            world.mine.signal = world.agreed.signal = 0
             run.signals.obey()
 
     def end_epoch(self, whole: bool = True) -> None:
@@ -788,6 +859,10 @@ class Trainer:
         verbose: bool,
         datamodule: Any,
     ) -> list[dict[str, float]]:
+        if self._launches():
+            given = {"dataloaders": dataloaders, "ckpt_path": ckpt_path, "verbose": verbose}
+            given["datamodule"] = datamodule
+            return self._launched(stage, module, given)  # type: ignore[no-any-return]
         module, sources, state = self._prepare(stage, module, dataloaders, datamodule, ckpt_path)
         name, limit = ("val", self.limit_val_batches)
         if stage == "test":
@@ -801,11 +876,33 @@ class Trainer:
                 found = loop.run(self, module)
             finally:
                 loop.close()
-        if verbose and any(isinstance(one, ProgressBar) for one in self.callbacks):
+        if verbose and self.is_global_zero and any(isinstance(one, ProgressBar) for one in self.callbacks):
             print_results(stage, found)
         return found
 
     # -- a run ---------------------------------------------------------------------------------
+
+    def _launches(self) -> bool:
+        """Whether a run starts processes of its own, which do it all."""
+        return self.strategy.processes_to_launch() is not None
+
+    def _launched(self, stage: str, module: LoopModule | None, given: dict[str, Any]) -> Any:
+        """An evaluation in processes of its own, of what could be evaluated here."""
+        self._refuse_to_run_twice(stage)
+        found = self.module if module is None else module
+        if found is None:
+            raise TypeError(f"trainer.{stage} needs a module: none was run before")
+        needed = {"validate": ("validation_step",), "test": ("test_step",), "predict": ()}[stage]
+        self._check(found, *needed)
+        name = "val" if stage == "validate" else stage
+        own = self.datamodule if module is None and given["dataloaders"] is None else None
+        given["datamodule"] = given["datamodule"] or own
+        sources = Sources.of(found, given["datamodule"], **{name: given["dataloaders"]})
+        sources.refuse(name, stage)
+        best = self.checkpoint_callback
+        if module is None and given["ckpt_path"] is None and best and best.best_model_path:
+            given["ckpt_path"] = "best"
+        return remote.call(self, stage, found, given)
 
     def _attach(self, module: LoopModule, datamodule: DataModule | None = None) -> None:
         if self.module is not module:
@@ -815,7 +912,7 @@ class Trainer:
         self.ready = False
         self.evaluation.forget()
         self.evaluation.logs = Logs()
-        self.seed_run(torch.initial_seed() if self.seed is None else self.seed)
+        self.seed_run(self._first_seed())
         module.trainer = self
         self._bring(arguments.callbacks(module.configure_callbacks()))
         self.call = HookCaller(self, module, self.callbacks, self._hear)
@@ -858,10 +955,11 @@ class Trainer:
         if limits.max_steps is not None or limits.max_time is not None:
             epochs = 1
         sequential = bool(self.overfit_batches)
+        group = module.samples_per_group
 
         def training() -> Batches:
             name, limit = "train_dataloaders", self.limit_train_batches
-            return Batches(sources.loader("train"), name, limit, epochs, sequential)
+            return self._batches(group, sources.loader("train"), name, limit, epochs, sequential)
 
         def validating() -> list[Batches]:
             return self._several(sources, "val", self.limit_val_batches, epochs)
@@ -911,7 +1009,29 @@ class Trainer:
     ) -> list[Batches]:
         name = "val_dataloaders" if stage == "val" else f"{stage}_dataloaders"
         sequential = stage != "predict" and bool(self.overfit_batches)
-        return [Batches(one, name, limit, epochs, sequential) for one in sources.loaders(stage)]
+        group = sources.module.samples_per_group
+        return [
+            self._batches(group, one, name, limit, epochs, sequential)
+            for one in sources.loaders(stage)
+        ]
+
+    def _batches(self, group: int, loader: Any, name: str, *settings: Any) -> Batches:
+        world = self.world
+        if world is None:
+            return Batches(loader, name, *settings)
+
+        def anybody(has_batch: bool) -> bool:
+            return any(there for (there,) in world.agree(f"a batch of {name}", has_batch))
+
+        ranks = (world.rank, world.size)
+        return Batches(loader, name, *settings, ranks=ranks, group=group, agree=anybody)
+
+    def _first_seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        world = self.world
+        seed = torch.initial_seed()
+        return seed if world is None else int(world.broadcast("the seed of the run", seed))
 
     def seed_run(self, seed: int) -> None:
         """Let all random draws of the run follow from this seed from now on."""

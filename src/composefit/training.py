@@ -101,6 +101,11 @@ class Training:
     def finish_step(self, shards: Sequence[Shard], batches: Sequence[Any]) -> None:
         """Count, and step the schedulers that waited for what the step logs."""
         self._epoch_steps += 1
+        if self.driver.ranks is not None:
+            if self.samples_seen is not None:
+                self.samples_seen += self.driver.samples
+            self._unrated += self.driver.samples
+            return
         if self.samples_seen is not None:
             self._count_samples(shards, batches)
 

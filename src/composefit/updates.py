@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from composefit.effects import Barrier, Effect, ShardView, kinds
+from composefit.effects import Barrier, Effect, ShardView, kinds, numbers_of, with_numbers
 from composefit.losses import Loss, as_loss, describe
 
 
@@ -67,6 +67,22 @@ class Update(Effect["dict[str, Tensor]"]):
             # Of a loss whose gradient is taken nothing may keep the graph.
             self.losses[name] = loss.detach()
 
+    def values(self) -> tuple[Tensor | float, ...]:
+        """Total and weight of each term of each loss."""
+        return tuple(number for loss in self.losses.values() for number in numbers_of(loss))
+
+    def of_another_rank(self, values: Sequence[Any]) -> Update:
+        """With its totals and weights."""
+        left, losses = list(values), {}
+        for name, loss in self.losses.items():
+            own, left = left[: (count := len(numbers_of(loss)))], left[count:]
+            losses[name] = with_numbers(loss, own)
+        return Update(losses, self.retain_graph)
+
+    def loss_of(self, key: str) -> Tensor | Loss:
+        """That of the named optimizer."""
+        return self.losses[key]
+
     def combine(self, barrier: Barrier, effects: Sequence[Update]) -> list[Any]:
         """Step with the total gradients."""
         reduced = barrier.update(_columns(effects))
@@ -113,6 +129,18 @@ class Gradient(Effect["dict[str, list[Tensor | None]]"]):
         """Take this shard's gradients."""
         shard.take("loss", self.loss, self.parameters, retain_graph=False)
         self.loss = self.loss.detach()
+
+    def values(self) -> tuple[Tensor | float, ...]:
+        """Total and weight of each term of the loss."""
+        return numbers_of(self.loss)
+
+    def of_another_rank(self, values: Sequence[Any]) -> Gradient:
+        """With its totals and weights."""
+        return Gradient(with_numbers(self.loss, values), self.parameters)
+
+    def loss_of(self, key: str) -> Tensor | Loss:
+        """The loss."""
+        return self.loss
 
     def combine(self, barrier: Barrier, effects: Sequence[Gradient]) -> list[Any]:
         """The reduced loss and gradients."""

@@ -30,7 +30,7 @@ class Located(Dataset[Any]):
             raise
 
     def __getitems__(self, indices: Any) -> list[Any]:
-        index: Any = f"{indices[0]}, or another one of its batch," if len(indices) else "of none"
+        index: Any = None
         try:
             if getitems := getattr(self.dataset, "__getitems__", None):
                 found: list[Any] = getitems(indices)
@@ -40,6 +40,9 @@ class Located(Dataset[Any]):
                 loaded.append(dataset[index])
             return loaded
         except Exception as error:
+            if index is None:  # who knows which
+                first = next(iter(indices), None)
+                index = "of none" if first is None else f"{first}, or another one of its batch,"
             _locate(error, index)
             raise
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from composefit.data.generators import has_state
+from composefit.data.rows import Share, sliceable
 from composefit.data.seeding import Keyed, key_of, seed_generators
 
 # What a key is for: the sampler's draws have nothing in common with those of the batches.
@@ -26,6 +27,9 @@ class Indices:
         by_worker: and which one gets which depends on timing.
         seeding: something may draw while a batch is loaded.
         persistent: the workers stay from epoch to epoch.
+        streams: an index says how many samples, not which.
+        share: give this rank's part of each index only. What ranks draw while they load theirs has
+            nothing in common. None: all of it.
 
     Attributes:
         before_iter: called before the sampler is iterated over, or None.
@@ -43,6 +47,8 @@ class Indices:
         by_worker: bool,
         seeding: bool,
         persistent: bool,
+        streams: bool,
+        share: Share | None,
     ) -> None:
         self.sampler = sampler
         self.always = always
@@ -50,6 +56,10 @@ class Indices:
         self.by_worker = by_worker
         self.seeding = seeding
         self.persistent = persistent
+        self.streams = streams
+        self.share = share
+        # Rank 0 draws what one process alone would.
+        self.own = () if share is None or share.rank == 0 else (share.rank,)
         self.before_iter: Callable[[], None] | None = None
         self.after_draw: Callable[[], Any] | None = None
         self.begin(0, 0)
@@ -67,15 +77,19 @@ class Indices:
             expected: the fingerprint of the last index that is passed over, or None.
         """
         self.key = key_of(seed, epoch)
-        self.workers_key = key_of(seed if self.persistent else self.key, _WORKERS)
+        self.workers_key = key_of(seed if self.persistent else self.key, _WORKERS, *self.own)
         self.skip, self.number, self.expected = skip, number, expected
         self.error: Exception | None = None
-        self.ahead: deque[tuple[Any, Any]] = deque()
+        self.ahead: deque[tuple[int, Any, Any]] = deque(maxlen=0 if self.streams else None)
         self.last: tuple[Any, Any] | None = None
 
-    def taken(self) -> None:
-        """The next batch was handed out."""
-        self.last = self.ahead.popleft()
+    def taken(self, number: int) -> None:
+        """The batch of this number was handed out."""
+        while self.ahead:
+            drawn, index, kept = self.ahead.popleft()
+            if drawn == number:
+                self.last = index, kept
+                return
 
     def __iter__(self) -> Iterator[Any]:
         return IndexIterator(self)
@@ -121,12 +135,14 @@ class IndexIterator:
             # Workers are asked ahead, and the first while they start: the batches before it first.
             indices.error = error
             raise StopIteration from None
-        key = indices.key
-        indices.ahead.append((index, indices.after_draw and indices.after_draw()))
+        key, number = indices.key, indices.number + self._drawn - 1
+        indices.ahead.append((number, index, indices.after_draw and indices.after_draw()))
         if indices.by_worker:
             return Keyed(key, index, by_worker=True)
+        if indices.share is not None:
+            index = indices.share.take(index)
         if indices.seeding:
-            key = key_of(key, _BATCH, indices.number + self._drawn - 1)
+            key = key_of(key, _BATCH, number, *indices.own)
             if indices.in_workers:
                 return Keyed(key, index)
             seed_generators(key)
@@ -137,7 +153,7 @@ class IndexIterator:
             seed_generators(key_of(self._indices.key, _SAMPLER, self._drawn))
         index = next(self._iterator)
         self._drawn += 1
-        return index
+        return index if self._indices.share is None else sliceable(index)
 
     def pass_over(self, number: int) -> None:
         """Draw until so many indices are drawn.

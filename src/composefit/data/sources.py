@@ -7,8 +7,10 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, Protocol
 
+from composefit.data.digests import digest
 from composefit.data.loaders import LoaderBatches
 from composefit.data.quiet import Quiet, set_states
+from composefit.data.rows import Rows, Share
 from composefit.data.seeding import GeneratorsKept, key_of, seed_generators
 
 _ITEM = 17  # sets these keys apart from those of a DataLoader that the iterable may have inside
@@ -19,9 +21,16 @@ class Source(Protocol):
 
     Attributes:
         kind: what it is, in words; a state is for the same kind only.
+        digest: of the first batch of the epoch, before a rank's rows were taken of it, if these are
+            all that it gives.
     """
 
     kind: str
+    digest: int
+
+    @property
+    def per_rank(self) -> bool:
+        """The state is this rank's alone."""
 
     def open(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:
         """The batches of an epoch but for the first `skip`, which were trained on.
@@ -49,6 +58,8 @@ class Items:
     """A list or tuple of batches."""
 
     kind = "a list"
+    digest = 0
+    per_rank = False
 
     def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
@@ -213,14 +224,24 @@ class OwnState(Iterated):
 class Several:
     """Several sources side by side; ends with the shortest.
 
+    A rank gets its rows of the batch of each. Samples count as the first has them.
+
     Args:
         sources: name -> source.
+        shares: name -> this rank's share of its batches; None for one process.
     """
 
     kind = "a dict of loaders"
 
-    def __init__(self, sources: dict[str, Source]) -> None:
+    def __init__(self, sources: dict[str, Source], shares: dict[str, Share] | None = None) -> None:
         self.sources = sources
+        self.shares = shares
+        self.digest = 0
+
+    @property
+    def per_rank(self) -> bool:
+        """See `Source`."""
+        return any(source.per_rank for source in self.sources.values())
 
     def open(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:
         """See `Source`."""
@@ -228,8 +249,17 @@ class Several:
             source.open(key_of(seed, i), epoch, skip)
             for i, source in enumerate(self.sources.values())
         ]
+        first = True
         for batches in zip(*iterators, strict=False):
-            yield LoaderBatches(zip(self.sources, batches, strict=True))
+            together = LoaderBatches(zip(self.sources, batches, strict=True))
+            if self.shares is None:
+                yield together
+                continue
+            if first:
+                found = zip(self.sources.values(), batches, strict=True)
+                self.digest = digest([digest_of(source, batch) for source, batch in found])
+                first = False
+            yield divided(together, self.shares)
 
     def mark(self) -> None:
         """See `Source`."""
@@ -263,6 +293,46 @@ class Several:
         for name, source in self.sources.items():
             same_kind(f"the loader {name!r}", source, state[name]["kind"])
             source.load_state_dict(state[name], position)
+
+
+def digest_of(source: Source, batch: Any) -> int:
+    """The digest of an epoch's first batch, which this source has given."""
+    return source.digest if isinstance(batch, Rows) else digest(batch)
+
+
+def divided(batches: LoaderBatches, shares: dict[str, Share]) -> LoaderBatches | Rows:
+    """This rank's rows of the batch of each loader, where one of them gives no more than rows.
+
+    Raises:
+        ValueError: a rank has rows of one batch but not of another, see `even_sizes`.
+    """
+    if not any(isinstance(batch, Rows) for batch in batches.values()):
+        return batches  # they are all cut later, by who knows how to
+    rows = {
+        name: batch if isinstance(batch, Rows) else _cut(batch, shares[name])
+        for name, batch in batches.items()
+    }
+    first, *others = rows
+    for name in others:
+        counts, sizes = rows[first].sizes, rows[name].sizes
+        if counts and sizes and [*map(bool, counts)] != [*map(bool, sizes)]:
+            raise ValueError(
+                f"the batches of loaders {first!r} and {name!r} hold {sum(counts)} and "
+                f"{sum(sizes)} samples, which come to {counts} and {sizes} on the ranks: each rank "
+                f"needs some of both. Use batch sizes of at least {len(sizes)} samples or groups, "
+                "and drop_last=True where the last batch is smaller"
+            )
+    whole = LoaderBatches({name: one.batch for name, one in rows.items()})
+    return Rows(whole, rows[first].sizes, rows[first].spare)
+
+
+def _cut(batch: Any, share: Share) -> Rows:
+    if not isinstance(batch, LoaderBatches):
+        return share.cut(batch)
+    cuts = {name: _cut(one, share) for name, one in batch.items()}
+    whole = LoaderBatches({name: one.batch for name, one in cuts.items()})
+    first = next(iter(cuts.values()))
+    return Rows(whole, first.sizes, first.spare)
 
 
 def same_kind(name: str, source: Source, kind: str) -> None:

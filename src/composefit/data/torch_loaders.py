@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator, Sized
 from contextlib import nullcontext
 from typing import Any
@@ -20,11 +21,14 @@ from torch.utils.data import (
     default_convert,
 )
 
+from composefit.data.digests import digest
 from composefit.data.faults import Located, LocatedStream, WorkerStart, died, explained
 from composefit.data.generators import Drawers, has_state, samplers_of
 from composefit.data.indices import IndexIterator, Indices, IndicesWithState, fingerprint
 from composefit.data.loaders import altered
+from composefit.data.rows import Rows, Share
 from composefit.data.seeding import GeneratorsKept
+from composefit.data.streams import OwnRows, unpack
 
 
 class TorchLoader:
@@ -38,18 +42,24 @@ class TorchLoader:
 
     Batches come in order, whatever `in_order` says: a position in a disorder cannot be saved.
 
+    Of several ranks each draws the same indices, or reads the same stream, and gives `Rows`: of a
+    map-style dataset a rank loads its own rows only, of an iterable one it collates only these.
+
     Args:
         loader: the DataLoader.
         name: what the user knows it as, for messages.
+        share: this rank's; None for one process. A loader that does not batch gives each rank all.
     """
 
     kind = "a DataLoader"
     #: Datasets are wrapped so that errors tell which sample they are about.
     wraps = True
 
-    def __init__(self, loader: DataLoader[Any], name: str) -> None:
+    def __init__(self, loader: DataLoader[Any], name: str, share: Share | None = None) -> None:
         self.loader = loader
         self.name = name
+        self.share = share if loader.batch_sampler is not None else None
+        self.digest = 0
         self.workers = loader.num_workers
         self.persistent = loader.persistent_workers and self.workers > 0
         self.streams = isinstance(loader.dataset, IterableDataset)
@@ -68,7 +78,10 @@ class TorchLoader:
             by_worker=self.wraps and self.streams and self.workers > 0,
             seeding=self.workers > 0 or not quiet,
             persistent=self.persistent,
+            streams=self.streams,
+            share=None if self.streams else self.share,
         )
+        self._arrived: deque[tuple[tuple[int, ...], int]] = deque()  # of a stream's batches
         self._drawers = Drawers(loader)
         self._clone: DataLoader[Any] | None = None
         self._iterators: list[Any] = []
@@ -87,6 +100,7 @@ class TorchLoader:
         # A state that was loaded is then that of the end of an earlier epoch.
         earlier = self._at_end or (loaded is not None and (loaded["epoch"] != epoch or not skip))
         self._exhausted = self._failed = False
+        self._arrived.clear()
         number, nothing = skip, object()
         try:
             with self._kept:
@@ -97,7 +111,9 @@ class TorchLoader:
                     batch = next(iterator, nothing)
                 self._at_end = batch is nothing and loaded is not None
             while batch is not nothing:
-                self._took()
+                self._indices.taken(number)
+                if self.share is not None:
+                    batch = self._rows(batch, first=number == skip)
                 number += 1
                 yield batch
                 with self._window:
@@ -148,7 +164,9 @@ class TorchLoader:
         iterator = iter(self._clone)
         self.mark()
         for number in range(skip if replay else 0):
-            if next(iterator, self) is self:
+            found = next(iterator, self)
+            self._arrived.clear()
+            if found is self:
                 raise ValueError(
                     f"{self.name} gave {number} batches of epoch {epoch}, but {skip} were trained "
                     "on before the run was resumed: has the data changed?"
@@ -210,6 +228,9 @@ class TorchLoader:
             changed["worker_init_fn"] = WorkerStart(loader.worker_init_fn)
         if self.wraps and not isinstance(loader.dataset, IterDataPipe | MapDataPipe):
             changed["dataset"] = (LocatedStream if self.streams else Located)(loader.dataset)
+        share = self.share if self.streams else None
+        if share is not None:
+            changed["collate_fn"] = OwnRows(loader.collate_fn, share)
         clone = altered(loader, **changed)
         make = clone._get_iterator
 
@@ -217,14 +238,23 @@ class TorchLoader:
             made = make()
             if self.workers:
                 self._iterators.append(made)
+            if share is not None:
+                unpack(made, self._arrived)
             return made
 
         clone.__dict__["_get_iterator"] = get_iterator
         return clone
 
-    def _took(self) -> None:
-        if not self.streams:
-            self._indices.taken()
+    def _rows(self, batch: Any, first: bool) -> Rows:
+        assert self.share is not None
+        if self.streams:
+            sizes, found = self._arrived.popleft()
+        else:
+            index = self._indices.last[0] if self._indices.last is not None else ()
+            sizes = self.share.sizes(len(index))
+            found = digest((index, self.loader.dataset)) if first else 0
+        self.digest = found if first else self.digest
+        return self.share.rows(batch, sizes)
 
     def end(self) -> None:
         """See `Source`."""
@@ -256,6 +286,11 @@ class TorchLoader:
                     thread.join(1)  # has nothing left to do
 
     # -- state ---------------------------------------------------------------------------------
+
+    @property
+    def per_rank(self) -> bool:
+        """See `Source`. A map-style dataset knows of what this rank has loaded only."""
+        return self.share is not None and not self.streams and has_state(self.loader.dataset)
 
     @property
     def _saves_dataset(self) -> bool:
@@ -353,9 +388,6 @@ class StatefulTorchLoader(TorchLoader):
 
     def _start_anew(self, seed: int, epoch: int) -> Iterator[Any]:
         return self._start(seed, epoch, 0)
-
-    def _took(self) -> None:
-        self._indices.ahead.clear()
 
     def end(self) -> None:
         """See `Source`."""

@@ -9,7 +9,7 @@ After a `Gather` gradients need every shard, and all are taken at the barrier.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,10 @@ from composefit.lockstep import gradients
 from composefit.lockstep.crossings import Crossing, Roots, pull_back
 from composefit.lockstep.gradients import Gradients
 from composefit.losses import SUMMED, Loss, Term, as_loss
+from composefit.ranks.reduction import Reduction
+
+if TYPE_CHECKING:
+    from composefit.lockstep.ranked import Ranks
 
 
 class Place(Protocol):
@@ -45,7 +49,6 @@ class Backward:
         lanes: how many lanes there are.
         add_up: adds the lanes' gradients, the strategy's.
         scale_of: the loss scale of a key, or None.
-        differentiate: takes gradients for a key, explaining autograd's errors.
     """
 
     def __init__(
@@ -63,6 +66,9 @@ class Backward:
         self.crossings: list[Crossing] = []
         self.samples: list[int] = [1]
         self.total_samples = 1
+        self.ranks: Ranks | None = None
+        self.lone = True  # no other shard is on this rank
+        self._reductions: dict[str, Reduction] = {}
         self._constants: dict[Any, Tensor] = {}
 
     def begin(self, samples: list[int]) -> None:
@@ -83,6 +89,7 @@ class Backward:
         self.weights.clear()
         self.waiting.clear()
         self.crossings.clear()
+        self._reductions.clear()
 
     # -- at the yield, in the shard's worker ---------------------------------------------------
 
@@ -100,6 +107,9 @@ class Backward:
             found = self.waiting.setdefault(key, [(Loss(()), False)] * len(self.samples))
             found[shard.index] = (as_loss(loss, "the loss"), retain_graph)
             return
+        if self.ranks is not None and (self.lone or self.ranks.spare):
+            self._take_and_send(self.ranks, shard, key, loss, parameters, retain_graph)
+            return
         if isinstance(loss, Tensor):
             cotangent = self._cotangent(loss, self._by_samples(shard), key)
             self._add(shard.lane, key, 0, [loss], [cotangent], parameters, retain_graph)
@@ -108,6 +118,38 @@ class Backward:
         for i, (number, root) in enumerate(parts):
             retain = retain_graph or i < len(parts) - 1
             self._add(shard.lane, key, number, root.outputs, root.cotangents, parameters, retain)
+
+    def _take_and_send(
+        self,
+        ranks: Ranks,
+        shard: Place,
+        key: str,
+        loss: Loss | Tensor,
+        parameters: list[Parameter],
+        retain_graph: bool,
+    ) -> None:
+        """A rank's only shard: gradients go to the other ranks as they come."""
+        reduction = ranks.reducer.begin(key, parameters, ranks.settle)
+        self._reductions[key] = reduction
+        if ranks.spare:
+            ranks.settle()
+            reduction.hand_over((), spare=True)
+            return
+        terms = as_loss(loss, "the loss").terms
+        root = Roots()
+        columns = None
+        for i, term in enumerate(terms):
+            share = self._known(shard, term)
+            if share is None:  # the other ranks know the rest of its denominator
+                columns = columns or [as_loss(one, "the loss").terms for one in ranks.column(key)]
+                share = shares([column[i].weight for column in columns], self.samples)[shard.index]
+            root.outputs.append(term.total)
+            root.cotangents.append(self._cotangent(term.total, share, key))
+        with reduction:
+            found = gradients.differentiate(
+                root.outputs, root.cotangents, parameters, retain_graph
+            )
+        reduction.hand_over(found)
 
     def _parts(self, shard: Place, key: str, loss: Loss) -> list[tuple[int, Roots]]:
         """The roots of a shard's backwards: number 0 for all terms of known denominators."""
@@ -190,32 +232,54 @@ class Backward:
         if waiting is None:
             return
         parameters = self.parameters[key]
-        columns = [loss.terms for loss, _ in waiting]
+        if self.ranks is None:
+            columns = [loss.terms for loss, _ in waiting]
+        else:
+            columns = [as_loss(loss, "the loss").terms for loss in self.ranks.column(key)]
         fractions = self._fractions(columns)
-        roots = [
-            Roots(
-                [term.total for term in terms],
+        roots = {
+            place.index: Roots(
+                [term.total for term in waiting[place.index][0].terms],
                 [
-                    self._cotangent(term.total, share[i], key)
-                    for term, share in zip(terms, fractions, strict=True)
+                    self._cotangent(term.total, share[place.index], key)
+                    for term, share in zip(waiting[place.index][0].terms, fractions, strict=True)
                 ],
             )
-            for i, terms in enumerate(columns)
-        ]
-        pull_back(self.crossings, roots, each)
+            for place in places
+        }
+        pull_back(self.crossings, roots, each, self.ranks)
+        if self.ranks is not None and self.ranks.spare:
+            return
+        lane_of = {place.index: place.lane for place in places}
 
         def to_parameters(i: int) -> None:
             root, retain = roots[i], waiting[i][1]
-            lane = places[i].lane
-            self._add(lane, key, 0, root.outputs, root.cotangents, parameters, retain)
+            self._add(lane_of[i], key, 0, root.outputs, root.cotangents, parameters, retain)
 
         each(to_parameters)
 
-    def total(self, key: str) -> tuple[list[Parameter], Gradients]:
-        """The parameters and their gradients, over all shards; still times the loss scale."""
+    def total(self, key: str, kept: bool = False) -> tuple[list[Parameter], Gradients]:
+        """The parameters and their gradients, over all shards; still times the loss scale.
+
+        Args:
+            kept: they stay in use after the update.
+        """
         parameters = self.parameters.pop(key)
+        reduction = self._reductions.pop(key, None)
+        if reduction is not None:
+            return parameters, reduction.finish(kept)
+        total = self._local_total(key, parameters)
+        if self.ranks is None:
+            return parameters, total
+        reduction = self.ranks.reducer.begin(key, parameters, self.ranks.settle)
+        reduction.hand_over(total, self.ranks.spare)
+        return parameters, reduction.finish(kept)
+
+    def _local_total(self, key: str, parameters: list[Parameter]) -> Gradients:
         total = self._over_lanes(key, 0, parameters)
         weights = self.weights.pop(key, None)
+        if weights is not None and self.ranks is not None:
+            weights = self._weights_of_ranks(self.ranks, key)
         if weights is not None:
             for part, column in enumerate(zip(*weights, strict=True), start=1):
                 denominator = shares(column, self.samples)[0][1]
@@ -227,7 +291,18 @@ class Backward:
                     gradients.add_(total, found, parameters)
                 else:
                     total = found
-        return parameters, total
+        return total
+
+    def _weights_of_ranks(self, ranks: Ranks, key: str) -> list[list[Any]]:
+        """For each shard of all ranks, the weights of the terms whose denominator was unknown."""
+        return [
+            [
+                term.weight
+                for term in as_loss(loss, "the loss").terms
+                if term.weight is not None and term.weight is not SUMMED
+            ]
+            for loss in ranks.column(key)
+        ]
 
     def _over_lanes(self, key: str, part: int, parameters: list[Parameter]) -> Gradients:
         lanes = [sums.pop((key, part)) for sums in self.sums if (key, part) in sums]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from composefit.effects import Pull
+from composefit.effects import Pull, ShardSize
 from composefit.lockstep import guards, messages
 from composefit.lockstep.crossings import Crossing
 from composefit.lockstep.gradients import Gradients
@@ -37,9 +37,9 @@ class StepBarrier:
         self._once_stream = Stream()
 
     @property
-    def shards(self) -> Sequence[Shard]:
-        """The shards of the step, in sample order."""
-        return self.lock.shards
+    def shards(self) -> Sequence[ShardSize]:
+        """The shards of the step, in sample order, those of other ranks too."""
+        return self.lock.shards if self.lock.ranks is None else self.lock.ranks.shards
 
     def cross(self, sources: list[list[Tensor]], leaves: list[list[Tensor]], pull: Pull) -> None:
         """Let gradients flow from all shards' leaves to every shard's sources."""
@@ -51,7 +51,7 @@ class StepBarrier:
 
     def gradients(self, key: str) -> list[Tensor | None]:
         """The gradients taken under `key`, over all shards."""
-        return self._total(key)[1]
+        return self._total(key, kept=True)[1]
 
     def update(self, losses: dict[str, list[Loss | Tensor]]) -> dict[str, Tensor]:
         """Step the named optimizers with the gradients taken; the reduced losses."""
@@ -77,6 +77,8 @@ class StepBarrier:
         """Call a function once, on the owner; what it writes all shards see afterwards."""
         lock = self.lock
         replicas = lock.replicas()
+        if lock.ranks is not None:
+            functions = [functions[place] for place in lock.ranks.own]
         if replicas:
             functions = [
                 replica.owner_of(function)
@@ -87,6 +89,7 @@ class StepBarrier:
         outer = state.get("_context")
         if lock.is_loop:
             state["_context"] = self._owner_context()
+            state["_replica"] = False
         try:
             lock.open_streams()
             with torch.no_grad(), self._once_stream:
@@ -109,17 +112,19 @@ class StepBarrier:
         if self.once is None:
             random = SampleRandom(hash_key(lock.seed, ONCE))
             random.begin(lock.number, 0, None, None, lock.dtype, lock.device)
-            self.once = Context(random, lambda: sum(shard.samples for shard in lock.shards))
+            self.once = Context(random, lambda: sum(shard.samples for shard in self.shards))
             self.once.training = lock.body.training
             self._once_stream.seed(hash_key(lock.seed, ONCE, lock.number))
-            self.once.logs = lock.shards[0].context.logs  # it counts once: for the first shard
+            first = lock.shards[0]
+            if lock.ranks is None or (first.index == 0 and not lock.ranks.spare):
+                self.once.logs = first.context.logs  # it counts once: for the first shard
         return self.once
 
-    def _total(self, key: str) -> tuple[list[Parameter], Gradients]:
+    def _total(self, key: str, kept: bool = False) -> tuple[list[Parameter], Gradients]:
         backward = self.lock.backward
         if backward.waiting:
             backward.take_waiting(key, self.lock.shards, partial(self._each_index, key))
-        return backward.total(key)
+        return backward.total(key, kept)
 
     def _each_index(self, key: str, function: Callable[[int], None]) -> None:
         def visit(shard: Shard) -> None:

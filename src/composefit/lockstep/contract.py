@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from composefit.lockstep.gradients import Gradients
+from composefit.ranks import World
 from composefit.steps import offered
 
 
@@ -30,6 +31,14 @@ class Lanes(Protocol):
     @property
     def device(self) -> torch.device:
         """Where batches and parameters are."""
+
+    @property
+    def world(self) -> World | None:
+        """The ranks of the job; None where this process is all."""
+
+    @property
+    def shares_modules(self) -> bool:
+        """Whether modules can have replicas; a lone shard can do without."""
 
     def session(self) -> AbstractContextManager[object]:
         """Open while steps are run; may be open several times at once."""

@@ -8,13 +8,17 @@ as outputs, gives the parameters' gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from composefit.effects import Pull
 from composefit.lockstep import gradients
+
+if TYPE_CHECKING:
+    from composefit.lockstep.ranked import Ranks
 
 
 @dataclass
@@ -36,18 +40,22 @@ class Roots:
 
 def pull_back(
     crossings: Sequence[Crossing],
-    roots: Sequence[Roots],
+    roots: Mapping[int, Roots],
     each: Callable[[Callable[[int], None]], None],
+    ranks: Ranks | None = None,
 ) -> None:
     """Extend each shard's roots by what reaches its sources from all shards' losses.
 
     Args:
         crossings: the step's exchanges in their order.
-        roots: per shard, its loss with its share as the cotangent; extended in place.
-        each: runs a function for every shard index, in the shard's worker.
+        roots: for the index of each shard that is here, its loss with its share as the cotangent;
+            extended in place.
+        each: runs a function for every such index, in the shard's worker.
+        ranks: adds up over other ranks' shards, where there are any.
     """
+    spare = ranks is not None and ranks.spare
     for crossing in reversed(crossings):
-        found: list[tuple[Tensor | None, ...]] = [()] * len(roots)
+        found: dict[int, tuple[Tensor | None, ...]] = {}
 
         def to_leaves(i: int, crossing: Crossing = crossing) -> None:
             wanted = [leaf for leaf in crossing.leaves[i] if leaf.requires_grad]
@@ -58,11 +66,16 @@ def pull_back(
                 next(taken) if leaf.requires_grad else None for leaf in crossing.leaves[i]
             )
 
-        each(to_leaves)
-        totals = [_total(column) for column in zip(*found, strict=True)]
-        if all(total is None for total in totals):
+        like = crossing.leaves[next(iter(roots))]
+        totals: list[Tensor | None] = [None] * len(like)
+        if not spare:
+            each(to_leaves)
+            totals = [_total(column) for column in zip(*(found[i] for i in roots), strict=True)]
+        if ranks is not None:
+            ranks.add_up_leaves(totals, like)
+        if spare or all(total is None for total in totals):
             continue  # this loss does not depend on what was exchanged here
-        for i, root in enumerate(roots):
+        for i, root in roots.items():
             cotangents = crossing.pull(i, totals)
             for source, cotangent in zip(crossing.sources[i], cotangents, strict=True):
                 if cotangent is not None and source.requires_grad:

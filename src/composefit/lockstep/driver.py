@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from composefit.lockstep.backward import Backward
 from composefit.lockstep.barrier import StepBarrier
 from composefit.lockstep.contract import Body, Lanes
 from composefit.lockstep.guards import Place
+from composefit.lockstep.ranked import Ranks
 from composefit.lockstep.scatter import Part, batch_size, scatter
 from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import Stepper
@@ -89,6 +91,9 @@ class Lockstep:
         self.backward = Backward(lanes.lanes, lanes.add_up, self.scale_of)
         self.stale = guards.StaleWeights()
         self.barrier = StepBarrier(self)
+        world = lanes.world
+        self.ranks = None if world is None else Ranks(self, world)
+        self.backward.ranks = self.ranks
         self.is_loop = isinstance(module, LoopModule)
         self.has_helpers = has_helpers(module)
         self.number = 0
@@ -178,16 +183,23 @@ class Lockstep:
             self._begin(batches, batch_idx, number)
             shards = self.shards
             alone = len(shards) == 1
+            ranks = self.ranks
             while True:
                 if alone:
-                    shards[0].advance()
+                    if ranks is None:
+                        shards[0].advance()
+                    else:
+                        self._advance_lone(shards[0])
                     effect = shards[0].effect
                 else:
                     self.each(_advance)
                     effect = self._agreed()
                 if effect is None:
                     break
-                results = effect.combine(self.barrier, [shard.effect for shard in shards])
+                if ranks is None:
+                    results = effect.combine(self.barrier, [shard.effect for shard in shards])
+                else:
+                    results = self._combine_over(ranks, effect, alone)
                 if not alone:
                     self._look_again()
                 for shard, result in zip(shards, results, strict=True):
@@ -197,6 +209,8 @@ class Lockstep:
             if not alone:
                 self._merge()
                 self._first = False
+            if ranks is not None:
+                ranks.end()
         except BaseException as error:
             self._surface(error)
             raise
@@ -204,7 +218,30 @@ class Lockstep:
             self._end()
             self._running = False
             torch._C._set_grad_enabled(enabled)
-        return shards
+        return shards if ranks is None or not ranks.spare else []
+
+    def _advance_lone(self, shard: Shard) -> None:
+        """Resume a rank's only shard: on the module itself, and yet one of several shards."""
+        state = self.owner.__dict__
+        guarded = self.is_loop and shard.replica is None
+        if guarded:
+            state["_replica"] = True
+        try:
+            shard.advance()
+        finally:
+            if guarded:
+                state["_replica"] = False
+
+    def _combine_over(self, ranks: Ranks, effect: Effect[Any], alone: bool) -> list[Any]:
+        """Combine with the shards of the other ranks; the results of those that are here."""
+        if not alone:
+            ranks.meet([shard.effect for shard in self.shards if shard.effect is not None])
+        elif self._foreign_means:
+            messages.warn_of_foreign_mean(self._foreign_means[0], self.shards)
+            self._foreign_means.clear()
+        self._first = False
+        results = effect.combine(self.barrier, ranks.effects())
+        return [results[place] for place in ranks.own]
 
     def _begin(self, batches: Sequence[Any], batch_idx: int, number: int) -> None:
         if self.body.training and torch.is_inference_mode_enabled():
@@ -214,6 +251,9 @@ class Lockstep:
         self.losses = {}
         self.history.clear()
         self._failed.clear()
+        if self.ranks is not None:
+            self._begin_ranked(self.ranks, batches, batch_idx)
+            return
         parts: list[Part] = []
         for i, batch in enumerate(batches, start=batch_idx):
             try:
@@ -228,6 +268,48 @@ class Lockstep:
             self._begin_alone(parts[0])
         else:
             self._begin_many(parts)
+
+    def _begin_ranked(self, ranks: Ranks, batches: Sequence[Any], first: int) -> None:
+        """The same, with this rank's part of each batch."""
+        try:
+            parts = ranks.scatter(batches, first)
+        except Exception as error:
+            messages.note(error, f"step {self.number}, while its batches were cut into shards")
+            raise
+        self.backward.lone = len(parts) == 1
+        ranks.buffers.begin(self.body.training)
+        replicates = self.lanes.shares_modules
+        if len(parts) == 1 and not (ranks.spare and replicates):
+            self._begin_lone(ranks, parts[0])
+        else:
+            self._begin_many(parts)
+            self.shards[0].meets = ranks if len(parts) == 1 else None
+
+    def _begin_lone(self, ranks: Ranks, part: Part) -> None:
+        """A rank's only shard: on the module itself, with a stream of its own for its draws."""
+        self.open_streams()
+        shard = self._alone
+        if shard.draws is None:
+            shard.draws = Stream()
+        (place,) = ranks.own
+        sizes = [one.samples for one in ranks.shards]
+        self.backward.begin(sizes)
+        assert part.samples is not None
+        start, world = sum(sizes[:place]), sum(sizes)
+        shard.begin(0, part.batch, part.batch_idx, part.samples, place)
+        shard.context.logs = {}
+        shard.context.suffix = self.log_suffix
+        stop = start + part.samples
+        shard.random.begin(self.number, start, stop, world, self.dtype, self.device)
+        assert isinstance(shard.draws, Stream)
+        shard.draws.seed(hash_key(self._key, self.number, place + ranks.spare * (1 + ranks.world.rank) * 2**32))
+        if self.is_loop:
+            state = self.owner.__dict__
+            self._outer_context = state["_context"]
+            state["_context"] = shard.context
+        self._default_generators.lend(hash_key(self._key, self.number, ONCE))
+        shard.meets = ranks
+        self.shards = [shard]
 
     def _begin_alone(self, part: Part) -> None:
         shard = self._alone
@@ -253,19 +335,25 @@ class Lockstep:
             part.samples if part.samples is not None else batch_size(self.owner, part.batch)
             for part in parts
         ]
-        self.backward.begin(sizes)
+        places: Sequence[int] = range(len(parts))
+        everywhere = sizes
+        if self.ranks is not None:
+            places = self.ranks.own
+            everywhere = [one.samples for one in self.ranks.shards]
+        self.backward.begin(everywhere)
         shards = self._many[: len(parts)]
-        start, world = 0, sum(sizes)
-        for shard, part, size in zip(shards, parts, sizes, strict=True):
-            shard.begin(part.lane, part.batch, part.batch_idx, size)
+        world = sum(everywhere)
+        starts = list(accumulate(everywhere, initial=0))
+        for shard, part, size, place in zip(shards, parts, sizes, places, strict=True):
+            start = starts[place]
+            shard.begin(part.lane, part.batch, part.batch_idx, size, place)
             assert shard.replica is not None
             shard.replica.refresh()
             shard.context.logs = {}
             shard.context.suffix = self.log_suffix
             shard.random.begin(self.number, start, start + size, world, self.dtype, self.device)
             assert isinstance(shard.draws, Stream)
-            shard.draws.seed(hash_key(self._key, self.number, shard.index))
-            start += size
+            shard.draws.seed(hash_key(self._key, self.number, place))
         lanes_used = {part.lane for part in parts}
         self._side_by_side = self.lanes.concurrent and len(lanes_used) > 1
         self._parameters = list(self.owner.parameters()) if self.body.training else []
@@ -289,7 +377,7 @@ class Lockstep:
 
     def _end(self) -> None:
         shards = self.shards
-        if len(shards) == 1 and self.is_loop:
+        if len(shards) == 1 and self.is_loop and shards[0].replica is None:
             self.owner.__dict__["_context"] = self._outer_context
         self._default_generators.put_back()
         self._parameters = []
@@ -325,6 +413,11 @@ class Lockstep:
             if shard.error is not None:
                 messages.note(error, f"closing shard {shard.index} raised {shard.error!r}")
                 shard.error = None
+
+    @property
+    def samples(self) -> int:
+        """The samples of the step that was run last, over all ranks, where there are several."""
+        return self.backward.total_samples
 
     # -- shards --------------------------------------------------------------------------------
 
@@ -413,7 +506,7 @@ class Lockstep:
 
     def _merge(self) -> None:
         replicas = self.replicas()
-        if replicas:
+        if replicas and not (self.ranks is not None and self.ranks.spare):
             merge(self.owner, replicas, [float(shard.samples) for shard in self.shards])
 
     # -- what a shard needs --------------------------------------------------------------------
@@ -431,7 +524,7 @@ class Lockstep:
         if not isinstance(effect, Update):
             return
         losses = effect.losses
-        if self._first and len(self.shards) > 1:
+        if self._first and (len(self.shards) > 1 or self.ranks is not None):
             self._foreign_means.extend(guards.foreign_means(losses.values()))
         if self.stepper is None:
             raise TypeError(
@@ -452,7 +545,7 @@ class Lockstep:
         if found is None:
             assert self.stepper is not None
             found = self.stepper.optimizers[name].parameters()
-            if len(self.shards) > 1:
+            if len(self.shards) > 1 or self.ranks is not None:
                 guards.refuse_hooks(found, name)
             self._lists[name] = found
         return found

@@ -8,6 +8,7 @@ from torch import nn
 
 from composefit import tree
 from composefit.data import LoaderBatches
+from composefit.data.rows import Rows
 from composefit.module import LoopModule
 
 
@@ -77,6 +78,24 @@ def scatter(
         Part(lane, part, batch_idx, size)
         for lane, part, size in zip(lane_of, parts, sizes, strict=True)
     ]
+
+
+def rows_of(module: nn.Module, batch: Any, rank: int, ranks: int) -> Rows:
+    """The rows that a rank has of a batch which every rank has whole.
+
+    A rank without rows gets those of the first as a spare.
+    """
+    samples = batch_size(module, batch)
+    own_way = type(module).scatter_batch if isinstance(module, LoopModule) else None
+    if isinstance(module, LoopModule) and own_way is not LoopModule.scatter_batch:
+        parts = list(module.scatter_batch(batch, ranks))
+        sizes = [batch_size(module, part) for part in parts]
+    else:
+        sizes = tree.even_sizes(samples, ranks, getattr(module, "samples_per_group", 1))
+        parts = [batch] if len(sizes) == 1 else _cut(batch, sizes, getattr(module, "batch_dim", 0))
+    of_ranks = (*sizes, *[0] * (ranks - len(sizes)))
+    spare = rank >= len(parts)
+    return Rows(parts[0 if spare else rank], of_ranks, spare)
 
 
 def _lanes_of(count: int, by_lane: list[list[int]]) -> list[int]:

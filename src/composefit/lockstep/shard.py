@@ -21,6 +21,7 @@ from composefit.steps import Helper, as_effect, dropped_helper, watch_helpers
 
 if TYPE_CHECKING:
     from composefit.lockstep.driver import Lockstep
+    from composefit.lockstep.ranked import Ranks
 
 _EFFECT_CODES = {Effect.__iter__.__code__, Loss.__iter__.__code__}
 
@@ -31,12 +32,13 @@ class Shard:
     Kept from step to step, with its replica and its random stream; `begin` gives it its data.
 
     Attributes:
-        index: its place in sample order.
+        index: its place in sample order, over all ranks.
         lane: the worker it lives on.
         module: the module itself where it is the only shard, else a replica.
         effect: what it yielded last; None once it has ended.
         done: no further effect will come (a returned loss is both an effect and the end).
         result: what goes back into the step at its next resume.
+        meets: the ranks that are told of each effect at once, where it is the only shard here.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Shard:
     ) -> None:
         self.lock = lock
         self.index = index
+        self.meets: Ranks | None = None
         self.module = module
         self.replica = replica
         self.context = context
@@ -58,10 +61,13 @@ class Shard:
         self.random = random
         self.draws = draws
         self.lane = 0
-        self.begin(0, None, 0, None)
+        self.begin(0, None, 0, None, index)
 
-    def begin(self, lane: int, batch: Any, batch_idx: int, samples: int | None) -> None:
+    def begin(
+        self, lane: int, batch: Any, batch_idx: int, samples: int | None, index: int = 0
+    ) -> None:
         """Take the data of a new step."""
+        self.index = index
         self.step = object()  # that of this shard, to be told from others
         self.lane = lane
         self.batch = batch
@@ -163,6 +169,8 @@ class Shard:
             del value  # of a returned loss nothing but its gradient is to stay
             if effect is not None:
                 lock.check(effect)
+                if self.meets is not None:
+                    self.meets.meet([effect])
                 effect.visit(self)
         except Exception as error:
             self.blame(error)

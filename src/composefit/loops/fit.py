@@ -72,6 +72,7 @@ class FitLoop(Loop):
         trainer.num_training_batches = train.batches.number
         validation = [] if train.validate is None else train.validate.loaders
         trainer.num_val_batches = [one.number for one in validation]
+        limits.now = trainer.clock
         with (
             limits.clock(),
             call.span("on_fit_start", "on_fit_end", settle=trainer.write_epoch),
@@ -85,7 +86,7 @@ class FitLoop(Loop):
                     stacklevel=3,
                 )
             with call.span("on_train_start", "on_train_end", settle=trainer.write_epoch):
-                while not limits.reached(train.epoch, trainer.global_step, trainer.should_stop):
+                while not limits.reached(train.epoch, trainer.global_step, trainer.asked_to_stop()):
                     trainer.between_steps()
                     if self._reload_due():
                         self.reload()

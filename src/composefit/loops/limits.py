@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ class Limits:
             these.
         max_time: seconds of training, those before a resumption included.
         elapsed: seconds of training before the clock was started.
+        now: reads a clock, in seconds; ranks share one.
     """
 
     max_epochs: int | None = None
@@ -27,12 +28,13 @@ class Limits:
     min_steps: int = 0
     max_time: float | None = None
     elapsed: float = 0.0
+    now: Callable[[], float] = time.monotonic
     _since: float = math.inf
 
     @contextmanager
     def clock(self) -> Iterator[None]:
         """Within it the time of training runs; elsewhere it stands still."""
-        self._since = time.monotonic()
+        self._since = self.now()
         try:
             yield
         finally:
@@ -40,7 +42,7 @@ class Limits:
 
     def seconds(self) -> float:
         """Of training so far."""
-        return self.elapsed + max(0.0, time.monotonic() - self._since)
+        return self.elapsed + max(0.0, self.now() - self._since)
 
     def reached(self, epochs: int, steps: int, asked_to_stop: bool) -> bool:
         """Whether to stop now.

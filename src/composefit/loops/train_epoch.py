@@ -78,6 +78,7 @@ class TrainEpochLoop(Loop):
         timed = limits.max_time is not None
         last = math.inf if limits.max_steps is None else limits.max_steps
         pause, due = call.batch_interval("train"), 0.0  # of the batch hooks
+        heard = trainer.world is not None and pause == 0
         batches.seed = trainer.run_seed
         trainer.num_training_batches = batches.number
         self.interrupted = self._ended = False
@@ -105,6 +106,8 @@ class TrainEpochLoop(Loop):
                 trainer.between_steps()
                 if self._every < math.inf and self._due():
                     self._validate(trainer, module)
+                if heard:  # its hooks may have asked to stop, on one rank or on all
+                    trainer.asked_to_stop()
                 if (timed or trainer.should_stop or trainer.global_step >= last) and limits.reached(
                     self.epoch, trainer.global_step, trainer.should_stop
                 ):

@@ -25,6 +25,7 @@ from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.gradients import Gradients
 from composefit.losses import Loss
 from composefit.precision import Precision
+from composefit.ranks import World
 from composefit.strategies import stepping
 from composefit.updates import Gradient
 
@@ -41,11 +42,16 @@ class Strategy(ABC):
         lanes: into how many shards a batch is cut in space.
         concurrent: whether the lanes run at the same time.
         device: where parameters and batches are.
+        world: the ranks of the job; None where this process is all.
+        shares_modules: modules can have replicas that share their parameters; without it each
+            rank runs one shard at a time, on the module itself.
     """
 
     lanes: int = 1
     concurrent: bool = False
     device: torch.device = torch.device("cpu")
+    world: World | None = None
+    shares_modules: bool = True
 
     _sessions: int = 0
 
@@ -78,6 +84,10 @@ class Strategy(ABC):
     def optimizer_step(self, optimizer: Optimizer) -> None:
         """Step an optimizer whose parameters have their total gradients."""
         stepping.step(optimizer)
+
+    def processes_to_launch(self) -> int | None:
+        """How many processes a run has to start for itself; None where it runs in this one."""
+        return None
 
     def describe(self, samples: int) -> str:
         """How a loader's batch is cut, for the summary: `32 = 2 threads x 16`."""

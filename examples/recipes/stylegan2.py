@@ -1,0 +1,129 @@
+"""StyleGAN2: styles steer a generator; both networks are regularised now and then.
+
+Karras, Laine, Aittala, Hellsten, Lehtinen and Aila, Analyzing and Improving the Image Quality of
+StyleGAN (2020, arXiv:1912.04958). Reference: github.com/NVlabs/stylegan2-ada-pytorch.
+"""
+
+import torch
+import torch.nn.functional as F
+from _common import Loader, Result, digits, draw_digits, loader, run, trainer
+from torch import Tensor, nn
+
+from composefit import LoopModule, Once, Step, Strategy
+from composefit.callbacks import EMA
+
+NOISE, STYLE, GROUP = 32, 64, 4
+SIZES = (4, 8, 8)  # of the layers' images
+R1_EVERY, PATHS_EVERY, MIXED = 16, 4, 0.9
+
+
+class StyleGAN2(LoopModule):
+    samples_per_group = GROUP  # the critic looks at the spread within groups of samples
+    path_mean: Tensor
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.mapping = nn.Sequential(nn.Linear(NOISE, STYLE), nn.SiLU(), nn.Linear(STYLE, STYLE))
+        self.synthesis = Synthesis(width)
+        body = conv(1, width, 3), conv(width, width, 4), Spread(), conv(width + 1, width, 4)
+        self.critic = nn.Sequential(*body, nn.Flatten(), nn.Linear(4 * width, 1))
+        self.register_buffer("path_mean", torch.zeros(()))
+
+    def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        made = [*self.mapping.parameters(), *self.synthesis.parameters()]
+        c, g = R1_EVERY / (R1_EVERY + 1), PATHS_EVERY / (PATHS_EVERY + 1)  # the extra steps count
+        return {
+            "critic": torch.optim.Adam(self.critic.parameters(), 5e-3 * c, (0.0, 0.99**c)),
+            "generator": torch.optim.Adam(made, 5e-3 * g, (0.0, 0.99**g)),
+        }
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Step:
+        real, _ = batch
+        fake, _ = self.draw(len(real))
+        yield {"generator": F.softplus(-self.critic(fake)).mean()}
+        if self.global_step % PATHS_EVERY == 0:
+            lengths = self.path_lengths(*self.draw(len(real)))
+            mean = yield from Once(self.follow, lengths)
+            yield {"generator": PATHS_EVERY * 0.1 * (lengths - mean).square().mean()}
+
+        fake, _ = self.draw(len(real))
+        yield {"critic": (F.softplus(self.critic(fake)) + F.softplus(-self.critic(real))).mean()}
+        if self.global_step % R1_EVERY == 0:
+            real = real.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.critic(real).sum(), real, create_graph=True)
+            yield {"critic": R1_EVERY * 0.5 * slope.square().sum((1, 2, 3)).mean()}
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """Images (n, 1, 8, 8), and the styles that made them (n, layers, STYLE): often of two."""
+        early, late = (self.mapping(self.random.normal(n, 1, NOISE)) for _ in range(2))
+        coins = self.random.shared
+        at = int(coins.integers(low=1, high=3)) if coins.uniform() < MIXED else 3
+        styles = torch.cat([early.expand(-1, at, -1), late.expand(-1, 3 - at, -1)], 1)
+        return self.synthesis(styles, [self.random.normal(n, 1, s, s) for s in SIZES]), styles
+
+    def path_lengths(self, fake: Tensor, styles: Tensor) -> Tensor:
+        """How far each image moves with its styles, in a random direction: (n,)."""
+        direction = self.random.normal(*fake.shape) / fake[0].numel() ** 0.5
+        (slope,) = torch.autograd.grad((fake * direction).sum(), styles, create_graph=True)
+        return slope.square().sum(2).mean(1).sqrt()
+
+    def follow(self, lengths: Tensor) -> Tensor:
+        self.path_mean = self.path_mean.lerp(lengths.mean(), 0.1)
+        return self.path_mean
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.synthesis(self.mapping(noise.unsqueeze(1)).expand(-1, 3, -1), [0.0] * 3)
+
+
+class Synthesis(nn.Module):
+    """Convolutions whose weights each sample's styles scale, and then norm (section 2.2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.start, self.ink = nn.Parameter(torch.randn(width, 4, 4)), nn.Conv2d(width, 1, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in SIZES)
+        self.scales = nn.ModuleList(nn.Linear(STYLE, width) for _ in SIZES)
+        self.strengths = nn.Parameter(torch.zeros(len(SIZES)))
+
+    def forward(self, styles: Tensor, noise: list[Tensor] | list[float]) -> Tensor:
+        x = self.start.expand(len(styles), -1, -1, -1)
+        for i, (conv, scale) in enumerate(zip(self.convs, self.scales, strict=True)):
+            s = 1 + scale(styles[:, i])
+            x = F.interpolate(x, size=(SIZES[i], SIZES[i]), mode="bilinear")
+            x = F.conv2d(x * s[:, :, None, None], conv.weight, padding=1)
+            x = x * (s.square() @ conv.weight.square().sum((2, 3)).T).rsqrt()[:, :, None, None]
+            x = F.leaky_relu(x + conv.bias[:, None, None] + self.strengths[i] * noise[i], 0.2)
+        return self.ink(x)
+
+
+class Spread(nn.Module):
+    """One more channel: the mean standard deviation within groups of samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spreads = [
+            (g.var(0, correction=0) + 1e-8).sqrt().mean().expand_as(g) for g in x.split(GROUP)
+        ]
+        return torch.cat([x, torch.cat(spreads)[:, :1]], 1)
+
+
+def conv(before: int, after: int, size: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(before, after, size, size - 2, padding=1), nn.LeakyReLU(0.2))
+
+
+def build(quick: bool = False) -> tuple[StyleGAN2, Loader]:
+    torch.manual_seed(0)
+    (images, labels), _ = digits()
+    return StyleGAN2(), loader(images, labels, batch_size=64)
+
+
+def main(
+    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
+) -> Result:
+    module, batches = build(quick)
+    average = EMA(0.98, ["mapping", "synthesis"])
+    fitter = trainer(strategy, devices, max_steps=4 if quick else 500, callbacks=average)
+    return draw_digits(fitter, module, batches, NOISE, target=8.0)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,442 @@
+"""A step's dealings with the other ranks: who has which samples, what they yield, their buffers."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from composefit import tree
+from composefit.data.rows import Rows
+from composefit.effects import Effect
+from composefit.lockstep import messages
+from composefit.lockstep.scatter import Part, batch_size, rows_of, scatter
+from composefit.losses import Loss
+from composefit.ranks import World
+from composefit.ranks.reduction import GradientReducer
+from composefit.ranks.world import WORDS, Meeting, checksum
+from composefit.replicas import path_of, statistics_of
+from composefit.tree import move
+
+if TYPE_CHECKING:
+    from composefit.lockstep.driver import Lockstep
+    from composefit.lockstep.shard import Shard
+
+
+@dataclass(slots=True)
+class RemoteShard:
+    """A shard of the step, here or on another rank: what an effect may ask of it."""
+
+    rank: int
+    samples: int
+
+
+class Ranks:
+    """What one driver knows of the other ranks.
+
+    Args:
+        lock: the driver of this rank.
+        world: the ranks.
+
+    Attributes:
+        shards: those of all ranks, in sample order.
+        own: the places in it of this rank's.
+        spare: this rank has no samples in this step: its one shard takes part with weight zero.
+        reducer: adds up gradients.
+    """
+
+    def __init__(self, lock: Lockstep, world: World) -> None:
+        self.lock = lock
+        self.world = world
+        self.shards: list[RemoteShard] = []
+        self.own: list[int] = []
+        self.spare = False
+        self.reducer = GradientReducer(world)
+        self.buffers = RankedBuffers(lock.owner, world)
+        self._meeting: Meeting | None = None
+        self._met: list[tuple[Any, ...]] = []
+        self._shape: tuple[Any, ...] = ()
+        self._words: list[float] = []
+        self._many = False
+        self._here: list[Effect[Any]] = []
+        self._all: list[Effect[Any]] | None = None
+        self._places: dict[Any, tuple[int, int]] = {}
+
+    # -- who has which samples -----------------------------------------------------------------
+
+    def scatter(self, batches: Sequence[Any], first: int) -> list[Part]:
+        """This rank's parts of the step's loader batches.
+
+        Args:
+            batches: each the world's, or this rank's `Rows` of it.
+            first: the index of the first of them.
+        """
+        lock, world = self.lock, self.world
+        owner = lock.owner
+        rows = [
+            batch if isinstance(batch, Rows) else rows_of(owner, batch, world.rank, world.size)
+            for batch in batches
+        ]
+        sizes = self._sizes(rows)
+        group = getattr(owner, "samples_per_group", 1)
+        self.shards.clear()
+        self.own.clear()
+        parts: list[Part] = []
+        spare: Part | None = None
+        for n, (row, by_rank) in enumerate(zip(rows, sizes, strict=True)):
+            index = first + n
+            batch = move(row.batch, lock.device, lock.precision.dtype)
+            if by_rank[world.rank] == 0:
+                spare = spare or Part(0, batch, index, batch_size(owner, batch))
+                own: list[Part] = []
+            else:
+                own = scatter(owner, batch, index, lock.lanes.lanes, lock.microbatch)
+                if len(own) == 1:
+                    own = [own[0]._replace(samples=by_rank[world.rank])]
+            for rank, size in enumerate(by_rank):
+                if rank == world.rank:
+                    cut = [part.samples or 0 for part in own]
+                    self.own += range(len(self.shards), len(self.shards) + len(cut))
+                elif not size:
+                    cut = []
+                else:
+                    lanes = tree.shard_sizes(size, lock.lanes.lanes, lock.microbatch, group)
+                    cut = [one for lane in lanes for one in lane]
+                self.shards += [RemoteShard(rank, one) for one in cut]
+            parts += own
+        self.spare = not parts
+        if self.spare:
+            assert spare is not None
+            self.own.append(0)  # it sees what the first shard sees
+            parts = [spare]
+        return parts
+
+    def _sizes(self, rows: Sequence[Rows]) -> list[tuple[int, ...]]:
+        """For each loader batch, the samples of each rank."""
+        known = [row.sizes for row in rows if row.sizes is not None]
+        if len(known) == len(rows):
+            return known
+        mine = [0 if row.spare else batch_size(self.lock.owner, row.batch) for row in rows]
+        what = f"the beginning of step {self.lock.number} over {len(rows)} batches"
+        if len(mine) <= WORDS:
+            theirs: Sequence[Sequence[float]] = self.world.agree(what, *mine)
+        else:
+            theirs = self.world.gather(what, mine)
+        return [tuple(int(size) for size in column) for column in zip(*theirs, strict=True)]
+
+    # -- what they yield -----------------------------------------------------------------------
+
+    def meet(self, effects: Sequence[Effect[Any]]) -> None:
+        """Say what this rank's shards yielded; the answer is not waited for."""
+        effect = effects[0]
+        self._here, self._all = list(effects), None
+        self._met = [] if self.spare else [one.values() for one in effects]
+        self._shape = effect.values() if self.spare else self._met[0]
+        most = max(sum(one.rank == rank for one in self.shards) for rank in range(self.world.size))
+        room = most * (len(self._shape) + 1)
+        self._words = [word for values in self._met for word in _words(values)]
+        self._many = room + 1 > WORDS
+        words = [self.buffers.written(self.lock.replicas(), self.spare)]
+        if not self._many:
+            words += self._words + [0.0] * (room - len(self._words))
+        place = self._place(effect, room)
+        self._meeting = self.world.meet(place, self.describe, words)
+
+    def settle(self) -> None:
+        """Wait until it is known that all ranks yielded the same."""
+        meeting = self._meeting
+        if meeting is None:
+            return
+        rows = meeting.wait()
+        self._meeting = None
+        self.buffers.compare([row[0] for row in rows], self.lock.replicas())
+        effect = self._here[0]
+        words: list[Sequence[float]] = [row[1:] for row in rows]
+        if self._many:
+            words = self.world.gather("the numbers that shards yielded", self._words)
+        shape, width = self._shape, len(self._shape) + 1
+        bulk = self._bulk(shape, words)
+        taken = [0] * self.world.size
+        here = iter(self._here)
+        found: list[Effect[Any]] = []
+        for shard in self.shards:
+            start = taken[shard.rank] * width
+            taken[shard.rank] += 1
+            if shard.rank == self.world.rank:
+                found.append(next(here))
+                continue
+            own = words[shard.rank][start : start + width]
+            found.append(effect.of_another_rank(_values(shape, own, bulk[shard.rank])))
+        self._all = found
+
+    def effects(self) -> list[Effect[Any]]:
+        """Those of all ranks' shards, in sample order."""
+        self.settle()
+        assert self._all is not None
+        return self._all
+
+    def column(self, key: str) -> list[Loss | Tensor]:
+        """The losses of all ranks' shards whose gradients are taken under a key."""
+        return [effect.loss_of(key) for effect in self.effects()]
+
+    def describe(self) -> str:
+        """Where this rank is, in words."""
+        shard = self.lock.shards[0]
+        effect = shard.effect
+        did = "returned" if shard.done else "yielded"
+        return f"step {self.lock.number}, {did} {effect!r} ({shard.where()})"
+
+    def _place(self, effect: Effect[Any], count: int) -> int:
+        agreement = effect.agreement()
+        found = self._places.get(agreement)
+        if found is None:
+            if len(self._places) > 256:
+                self._places.clear()
+            found = self._places[agreement] = (checksum(repr(agreement)), count)
+        return (found[0] + 7919 * self.lock.number + 104729 * count) % 2**32
+
+    def _bulk(self, shape: Sequence[Any], words: Sequence[Sequence[float]]) -> list[Any]:
+        """For each rank an iterator over the tensors of its shards, in their order."""
+        places = [i for i, value in enumerate(shape) if _is_bulk(value)]
+        if not places:
+            return [iter(()) for _ in words]
+        world, width = self.world, len(shape) + 1
+        counts = [sum(shard.rank == rank for shard in self.shards) for rank in range(world.size)]
+        sizes = [
+            [
+                (int(words[rank][n * width + 1 + i]) if shape[i].dim() else 1, shape[i])
+                for n in range(counts[rank])
+                for i in places
+            ]
+            for rank in range(world.size)
+        ]
+        room = max(sum(rows * _row_bytes(like) for rows, like in of_rank) for of_rank in sizes)
+        far = any(not shape[i].is_cpu for i in places)
+        device = world.device if far else torch.device("cpu")
+        sent = torch.zeros(room, dtype=torch.uint8, device=device)
+        start = 0
+        for values in self._met:
+            for i in places:
+                part = _bytes(values[i].detach())
+                sent[start : start + len(part)] = part
+                start += len(part)
+        got = world.all_gather(sent, "the tensors that shards yielded")
+        return [self._cut(one, of_rank) for one, of_rank in zip(got, sizes, strict=True)]
+
+    def _cut(self, flat: Tensor, sizes: Sequence[tuple[int, Tensor]]) -> Any:
+        start = 0
+        for rows, like in sizes:
+            count = rows * _row_bytes(like)
+            part = flat[start : start + count].clone().view(like.dtype)
+            start += count
+            yield part.view(rows, *like.shape[1:]) if like.dim() else part.view(())
+
+    # -- the end of a step ---------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Merge what the step did to normalisation statistics."""
+        if not self.buffers.differ:
+            return
+        # Somebody may still be at an effect: that is found here, before data is sent.
+        self.world.agree(f"the end of step {self.lock.number}")
+        total = sum(shard.samples for shard in self.shards)
+        own = 0 if self.spare else sum(self.shards[place].samples for place in self.own)
+        if self.spare:
+            self.buffers.put_back()
+        self.buffers.end(own / total)
+
+    # -- gradients through barriers ------------------------------------------------------------
+
+    def add_up_leaves(self, totals: list[Tensor | None], like: Sequence[Tensor]) -> None:
+        """Add up, over the ranks, the gradients of what all shards were given; in place.
+
+        Args:
+            totals: this rank's, None where there is none.
+            like: the leaves.
+        """
+        wanted = [i for i, leaf in enumerate(like) if leaf.requires_grad]
+        sums = [
+            torch.zeros_like(like[i]) if totals[i] is None else totals[i] for i in wanted
+        ]
+        exists = torch.tensor(
+            [float(totals[i] is not None) for i in wanted], dtype=torch.float32
+        ).to(self.world.device)
+        own = [total.detach().clone() for total in sums if total is not None]
+        self.world.add_up_([*own, exists])
+        for i, total, there in zip(wanted, own, exists.tolist(), strict=True):
+            totals[i] = total if there else None
+
+
+class RankedBuffers:
+    """The buffers of a module that each rank has of its own: merged, or compared.
+
+    Args:
+        owner: the module.
+        world: the ranks.
+    """
+
+    def __init__(self, owner: nn.Module, world: World) -> None:
+        self.owner = owner
+        self.world = world
+        self._statistics: list[Tensor] = []
+        self._before: list[Tensor] = []
+        self._others: list[tuple[str, Tensor]] = []
+        self._versions: dict[int, tuple[Tensor, int]] = {}
+
+    @property
+    def differ(self) -> bool:
+        """Whether there are statistics that a step changes on each rank by itself."""
+        return bool(self._statistics)
+
+    def begin(self, training: bool) -> None:
+        """Before a step: remember the statistics that it may change."""
+        statistics: dict[int, Tensor] = {}
+        for part in self.owner.modules():
+            for name in statistics_of(part):
+                buffer = part._buffers.get(name)
+                if buffer is not None and (training or part.training):
+                    statistics.setdefault(id(buffer), buffer)
+        self._statistics = list(statistics.values())
+        self._before = [buffer.clone() for buffer in self._statistics]
+        self._others = [
+            (name, buffer)
+            for name, buffer in self.owner.named_buffers()
+            if id(buffer) not in statistics
+        ]
+
+    def end(self, share: float) -> None:
+        """After a step: statistics become those before it plus the weighted mean of changes.
+
+        Args:
+            share: of this rank's samples in all.
+        """
+        with torch.no_grad():
+            changes = [
+                (now - before).to(_wide(now.dtype)) * share
+                for now, before in zip(self._statistics, self._before, strict=True)
+            ]
+            self.world.add_up_(changes)
+            for now, before, change in zip(
+                self._statistics, self._before, changes, strict=True
+            ):
+                total = before.to(change.dtype) + change
+                now.copy_(total if now.is_floating_point() else total.round())
+        self._before = []
+
+    def put_back(self) -> None:
+        """Undo what this rank has done to them: it had no samples."""
+        with torch.no_grad():
+            for now, before in zip(self._statistics, self._before, strict=True):
+                now.copy_(before)
+
+    def written(self, replicas: Sequence[Any], spare: bool) -> float:
+        """A checksum of the other buffers that were written since the last one; 0 for none.
+
+        Those of the first replica where there are several: all of them are alike here. -1 from a
+        rank that has nothing to say.
+        """
+        found = self._writes(replicas)
+        if spare:
+            return -1.0
+        value = 0
+        for name, buffer in found:
+            value = zlib.crc32(_bytes(buffer.detach()).cpu().numpy().tobytes(), value)
+            value = zlib.crc32(name.encode(), value) or 1
+        return float(value)
+
+    def _writes(self, replicas: Sequence[Any]) -> list[tuple[str, Tensor]]:
+        found: list[tuple[str, Tensor]] = []
+        for name, buffer in self._others:
+            seen = self._versions.get(id(buffer))
+            version = 0 if buffer.is_inference() else buffer._version
+            if seen is None or seen[0] is not buffer:
+                self._versions[id(buffer)] = (buffer, version)
+            elif seen[1] != version:
+                self._versions[id(buffer)] = (buffer, version)
+                found.append((name, buffer))
+        for replica in replicas[:1]:
+            for twin in replica.twins.values():
+                for name in twin.written():
+                    value = twin.buffers.get(name)
+                    if isinstance(value, Tensor):
+                        found.append((path_of(self.owner, twin.source, name), value))
+        self._last = found
+        return found
+
+    def compare(self, checksums: Sequence[float], replicas: Sequence[Any]) -> None:
+        """Refuse buffers that ranks wrote differently.
+
+        Raises:
+            RuntimeError: it names the first and says how to write it.
+        """
+        said = {value for value in checksums if value != -1.0}
+        if len(said) <= 1:
+            return
+        mine = {
+            name: zlib.crc32(_bytes(buffer.detach()).cpu().numpy().tobytes())
+            for name, buffer in self._last
+        }
+        theirs = self.world.gather("the buffers that the step has written", mine)
+        speaking = [one for one, value in zip(theirs, checksums, strict=True) if value != -1.0]
+        names = dict.fromkeys(name for one in speaking for name in one)
+        for name in names:
+            values = [one.get(name) for one in speaking]
+            if any(value != values[0] for value in values):
+                ranks = [rank for rank, value in enumerate(checksums) if value != -1.0]
+                other = next(r for r, v in zip(ranks, values, strict=True) if v != values[0])
+                raise messages.differing_writes(name, f"ranks {ranks[0]} and {other} differ")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float64
+
+
+# -- values in words ---------------------------------------------------------------------------
+
+
+def _is_bulk(value: Any) -> bool:
+    """Whether it is sent as a tensor: it has rows, or is a number on a GPU, nobody waits for."""
+    return isinstance(value, Tensor) and (value.dim() > 0 or not value.is_cpu)
+
+
+def _words(values: Sequence[Any]) -> list[float]:
+    """What a control message says of a shard's values: which need a gradient, then of each its
+    number, or how many rows it has."""
+    mask = sum(2**i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad)
+    words = [float(mask)]
+    for value in values:
+        if not isinstance(value, Tensor):
+            words.append(float(value))
+        elif value.dim():
+            words.append(float(len(value)))
+        else:
+            words.append(float(value.detach()) if value.is_cpu else 0.0)
+    return words
+
+
+def _values(shape: Sequence[Any], words: Sequence[float], bulk: Any) -> list[Any]:
+    """The values of another rank's shard; `shape` are those of one here."""
+    mask = int(words[0])
+    found: list[Any] = []
+    for i, (like, word) in enumerate(zip(shape, words[1:], strict=True)):
+        if not isinstance(like, Tensor):
+            found.append(type(like)(word))
+            continue
+        value = next(bulk) if _is_bulk(like) else torch.tensor(word, dtype=like.dtype)
+        found.append(value.requires_grad_() if mask >> i & 1 else value)
+    return found
+
+
+def _row_bytes(like: Tensor) -> int:
+    rows = like.shape[1:].numel() if like.dim() else 1
+    return rows * like.element_size()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+

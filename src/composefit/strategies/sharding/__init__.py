@@ -1,0 +1,1 @@
+"""The parts of `FullySharded`: what is sharded, and what becomes of its gradients and state."""
