@@ -6,7 +6,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := overhead threads gan memory randomness reliability
+BENCHMARKS := overhead threads gan memory distributed scaling randomness reliability
 
 help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -14,6 +14,7 @@ import gc
 import os
 import socket
 import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -165,14 +166,14 @@ def sharded(work: Supervised) -> Train:
 # -- by trainers -----------------------------------------------------------------------------------
 
 
-def composefit(work: Supervised | GAN, shard: bool = False, log: bool = True) -> Train:
+def composefit(work: Supervised | GAN, shard: bool = False) -> Train:
     import ours
 
     from composefit import Distributed, FullySharded
 
     def train(batches: Iterable[Any]) -> Iterable[Tensor]:
         strategy = (
-            FullySharded(policy=(nn.TransformerEncoderLayer,), accelerator="cpu")
+            FullySharded(policy=[nn.TransformerEncoderLayer], accelerator="cpu")
             if shard
             else Distributed(accelerator="cpu")
         )
@@ -229,7 +230,12 @@ CONTESTANTS: dict[str, dict[str, Callable[[Any], Train]]] = {
     },
     # Counted only, without a log: what an update must send, and no more.
     "smallest MLP": {"DDP": ddp, OURS: composefit},
-    "tiny GAN": {TWO: gan_of_two, ONE: gan_of_one, CAREFUL: functools.partial(gan_of_two, careful=True), OURS: composefit},
+    "tiny GAN": {
+        TWO: gan_of_two,
+        ONE: gan_of_one,
+        CAREFUL: functools.partial(gan_of_two, careful=True),
+        OURS: composefit,
+    },
 }
 TARGETS = {"CNN": 1.03, "DCGAN": 0.95, "transformer": 1.05}
 RIVALS = {"CNN": ("DDP",), "DCGAN": (TWO, ONE), "transformer": ("fully_shard",)}
@@ -299,7 +305,7 @@ class Job:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        traceback: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         for pipe in self._pipes:
             pipe.close()
@@ -325,17 +331,19 @@ def _rank(orders: Connection) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    try:
-        while True:
+    while True:
+        try:
             function, args = orders.recv()
-            try:
-                orders.send(function(*args))
-            except Exception as error:
-                import traceback
-
-                traceback.print_exc()
-                orders.send(error if isinstance(error, ModuleNotFoundError) else RuntimeError(str(error)))
-    except EOFError:
+        except EOFError:
+            break
+        try:
+            orders.send(function(*args))
+        except ModuleNotFoundError as error:
+            orders.send(error)
+        except Exception as error:
+            traceback.print_exc()
+            orders.send(RuntimeError(str(error)))
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -394,7 +402,11 @@ class Handed(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "c10d":
             names = [argument.name for argument in func._schema.arguments]
-            given = [value for name, value in zip(names, args) if not name.startswith("output")]
+            given = [
+                value
+                for name, value in zip(names, args, strict=False)
+                if not name.startswith("output")
+            ]
             self.bytes += sum(tensor.nbytes for tensor in _tensors(given))
             self.calls[func._schema.name.removeprefix("c10d::")] += 1
         return func(*args, **(kwargs or {}))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from distributed import Job
@@ -276,7 +277,7 @@ def measure_alone(repeats: int) -> Work:
     model = work.build()
     optimizer = work.optimizer(model.parameters())
     inputs, labels = work.batches(1, SAMPLES)[0]
-    forward, backward, update = [], [], []
+    parts: tuple[list[float], ...] = ([], [], [])
     for _ in range(repeats + 2):
         dist.barrier()
         marks = [time.perf_counter()]
@@ -287,10 +288,10 @@ def measure_alone(repeats: int) -> Work:
         optimizer.step()
         optimizer.zero_grad()
         marks.append(time.perf_counter())
-        for times, begun, ended in zip((forward, backward, update), marks, marks[1:], strict=True):
+        for times, (begun, ended) in zip(parts, itertools.pairwise(marks), strict=True):
             times.append(ended - begun)
     size = sum(p.nbytes for p in model.parameters())
-    medians = [statistics.median(times[2:]) for times in (forward, backward, update)]
+    medians = [statistics.median(times[2:]) for times in parts]
     return Work(*medians, gradients=size, weights=size, layers=3)
 
 
@@ -366,7 +367,12 @@ def draw(points: Sequence[Point], path: Path = PICTURE) -> None:
             for strategy, step in STRATEGIES.items():
                 efficiency = [work.alone / step(work, gpus, cluster) for gpus in GPUS]
                 axes.plot(
-                    GPUS, efficiency, LINES[strategy], color=COLOURS[name], marker="o", ms=3,
+                    GPUS,
+                    efficiency,
+                    LINES[strategy],
+                    color=COLOURS[name],
+                    marker="o",
+                    ms=3,
                     label=f"{name}, {strategy}",
                 )
         axes.set(xscale="log", ylim=(0, 1.05), xlabel="GPUs", title=title)
@@ -381,7 +387,7 @@ def draw(points: Sequence[Point], path: Path = PICTURE) -> None:
         small.plot(place, point.measured * 1e3, "ko")
     small.plot([], [], "ko", label="measured")
     small.bar(0, 0, color="#bbbbbb", label="model: all overlapped\nto all in turn")
-    names = [f"{p.strategy.replace(' ', chr(10)).replace('-', '-' + chr(10))}\n{p.processes}" for p in points]
+    names = [re.sub(r"[- ]", "\n", p.strategy) + f"\n{p.processes}" for p in points]
     small.set_xticks(range(len(points)), names, fontsize=8)
     small.set(ylabel="ms a step", title="2 and 4 processes, 2 cores", ylim=(0, None))
     small.legend(fontsize=7, loc="upper left")
@@ -405,7 +411,8 @@ def main() -> None:
         points += found
         console.print(
             f"{processes} processes on this machine: {cluster.inside / 1e6:,.0f} MB/s, "
-            f"{cluster.latency_inside * 1e6:,.0f} µs a hop, control {cluster.control_latency * 1e6:,.0f} µs a hop"
+            f"{cluster.latency_inside * 1e6:,.0f} µs a hop, "
+            f"control messages {cluster.control_latency * 1e6:,.0f} µs a hop"
         )
     console.print(measured_table(points), machine())
     draw(points, options.picture)

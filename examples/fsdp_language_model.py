@@ -73,7 +73,7 @@ def main(strategy: Strategy | None = None, steps: int = 120) -> float:
     torch.manual_seed(0)
     learn, measure = sources()
     trainer = Trainer(
-        strategy=strategy or FullySharded(processes=2, policy=(nn.TransformerEncoderLayer,)),
+        strategy=strategy or FullySharded(processes=2, policy=[nn.TransformerEncoderLayer]),
         max_epochs=1,
         limit_train_batches=steps,
         gradient_clip_val=1.0,

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import cloudpickle  # type: ignore[import-untyped]
 import pytest
 import torch
 
@@ -46,9 +47,14 @@ def test_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     torch.manual_seed(0)
     module = ModuleType("page")  # for what looks its names up by `__module__`
     monkeypatch.setitem(sys.modules, "page", module)
-    for line, code in blocks(page.read_text(encoding="utf-8"), "python"):
-        # The empty lines make a traceback show the line of the page.
-        exec(compile("\n" * line + code, page, "exec"), vars(module))
+    # Processes that a page launches get its classes along, as those of a script or notebook.
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        for line, code in blocks(page.read_text(encoding="utf-8"), "python"):
+            # The empty lines make a traceback show the line of the page.
+            exec(compile("\n" * line + code, page, "exec"), vars(module))
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
 
 
 def test_the_pages_with_code_are_these() -> None:
@@ -57,6 +63,7 @@ def test_the_pages_with_code_are_these() -> None:
         "docs/callbacks.md",
         "docs/compatibility.md",
         "docs/data.md",
+        "docs/debugging.md",
         "docs/effects.md",
         "docs/errors.md",
         "docs/from-lightning.md",
@@ -65,9 +72,12 @@ def test_the_pages_with_code_are_these() -> None:
         "docs/lightning-checkpoints.md",
         "docs/logging.md",
         "docs/loops.md",
+        "docs/many-processes.md",
+        "docs/notebooks.md",
         "docs/state.md",
         "docs/step.md",
         "docs/strategies.md",
+        "docs/torchrun.md",
         "docs/why.md",
         "docs/write-a-strategy.md",
     ]

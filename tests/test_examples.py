@@ -28,13 +28,15 @@ FIGURES = {
     "data_parallel_training": ("accuracy", 0.95, 0.7),
     "gan_training": ("mean distance from the circle", 0.15, 0.5),
     "data_parallel_gan_training": ("mean distance from the circle", 0.15, 0.5),
+    "distributed_gan": ("mean distance from the circle", 0.15, 0.5),
+    "fsdp_language_model": ("bits a character", 3.9, 4.7),
     "gan_by_hand": ("mean distance from the circle", 0.15, 0.5),
     "gan_wrapper": ("mean distance from the circle", 0.15, 0.5),
     "k_fold": ("accuracy", 0.85, 0.7),
     "actor_critic": ("mean return at the end", 100, 50),
 }
-# They bring an environment, or a loop of their own.
-LONG = {"k_fold", "actor_critic"}
+# They bring an environment, a loop of their own, or a model and its data.
+LONG = {"k_fold", "actor_critic", "fsdp_language_model"}
 STRATEGIES = {"single": lambda: SingleDevice("cpu"), "threads": lambda: ThreadDataParallel(2)}
 
 
@@ -90,10 +92,53 @@ def test_data_parallel_example_differs_from_the_other_by_its_strategy(name: str)
     other = {"training": "regular_training"}.get(name, name)
     code = (FOLDER / f"data_parallel_{name}.py").read_text(encoding="utf-8")
     (docstring,) = re.findall(r'^""".*?"""$', code, re.MULTILINE | re.DOTALL)
-    lines = [line for line in code.replace(docstring, "").splitlines() if line]
-    assert lines[0] == f"from {other} import main"
+    assert_another_strategy(code.replace(docstring, ""), other, "ThreadDataParallel(threads=2)")
+
+
+def test_the_gan_in_two_processes_differs_from_the_other_by_its_strategy() -> None:
+    code = (FOLDER / "distributed_gan.py").read_text(encoding="utf-8")
+    body = code[code.index("from ") :]
+    assert_another_strategy(body, "gan_training", "Distributed(processes=2)")
+
+
+def assert_another_strategy(body: str, other: str, strategy: str) -> None:
+    lines = [line for line in body.splitlines() if line]
     shown = (FOLDER / f"{other}.py").read_text(encoding="utf-8").splitlines()[-1]
-    assert lines[-1] == shown.replace("main()", "main(ThreadDataParallel(threads=2))")
+    assert lines == [
+        f"from {other} import main",
+        f"from composefit import {strategy[: strategy.index('(')]}",
+        'if __name__ == "__main__":',
+        shown.replace("main()", f"main({strategy})"),
+    ]
+
+
+# -- the language model ----------------------------------------------------------------------------
+
+
+def test_bits_of_an_order_zero_model_are_the_entropy(fresh_imports: None) -> None:
+    example = importlib.import_module("fsdp_language_model")
+    text = torch.tensor([[1, 1, 2, 2, 3, 3, 4, 4, example.PADDING]]).repeat(10_000, 1)
+    assert example.order_zero(text, text[:, :-1]) == pytest.approx(2, abs=0.01)
+
+
+def test_a_file_is_cut_into_rows_and_padded_at_its_end(fresh_imports: None) -> None:
+    example = importlib.import_module("fsdp_language_model")
+    text = bytes(range(1, 101))
+    rows = example.rows_of(text)
+    assert rows.shape == (2, example.LENGTH + 1)
+    assert bytes(rows.flatten()[:100].tolist()) == text
+    assert (rows.flatten()[100:] == example.PADDING).all()
+
+
+def test_padding_counts_neither_in_the_loss_nor_in_its_weight(fresh_imports: None) -> None:
+    example = importlib.import_module("fsdp_language_model")
+    model = example.Characters()
+    text = torch.randint(1, 128, (3, example.LENGTH + 1))
+    text[2, 20:] = example.PADDING
+    (term,) = model.training_step(text).terms
+    assert term.weight == 2 * example.LENGTH + 19
+    alone = [model.training_step(row[None]).terms[0].total for row in (*text[:2], text[2])]
+    torch.testing.assert_close(term.total, sum(alone))
 
 
 # -- the two loops ---------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from composefit import LoopModule, Strategy, Trainer
+from composefit import Effect, LoopModule, Strategy, Trainer
 from composefit.demo.digits import real_digits
 from composefit.demo.frechet import frechet_distance
 
 Loader: TypeAlias = DataLoader[list[Tensor]]
+Where: TypeAlias = str | Strategy  # a step is carried out
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # 0, the end of a line, pads it as well
 MODULES = ("argparse.py", "ast.py", "inspect.py", "subprocess.py", "tarfile.py", "typing.py")
@@ -62,7 +63,7 @@ def run(main: Callable[..., Result]) -> None:
     sys.exit(not given.quick and not result.reaches(result.metric))
 
 
-def trainer(strategy: str | Strategy, devices: int | str, **arguments: Any) -> Trainer:
+def trainer(strategy: Where, devices: int | str, **arguments: Any) -> Trainer:
     """A trainer that leaves no files behind, and shows a bar where somebody looks."""
     quiet: dict[str, Any] = {
         "logger": False,
@@ -76,6 +77,37 @@ def trainer(strategy: str | Strategy, devices: int | str, **arguments: Any) -> T
 def loader(*columns: Tensor, batch_size: int, shuffle: bool = True) -> Loader:
     """Batches of these tensors' rows."""
     return DataLoader(TensorDataset(*columns), batch_size, shuffle=shuffle)
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+class Gradient(Effect[dict[str, list[Tensor]]]):
+    """Gradients of losses over all shards, without an update; the graphs stay.
+
+    Args:
+        losses: any name -> a loss, as in an update.
+        wrt: the parameters; each loss depends on each of them.
+    """
+
+    def __init__(self, losses: dict[str, Tensor], wrt: list[nn.Parameter]) -> None:
+        self.losses, self.wrt = losses, wrt
+
+    def agreement(self) -> tuple[str, ...]:
+        return ("Gradient", *self.losses)
+
+    def visit(self, shard: Any) -> None:
+        for name, loss in self.losses.items():
+            shard.take(name, loss, self.wrt, retain_graph=True)
+
+    def combine(self, barrier: Any, effects: Any) -> list[dict[str, list[Tensor]]]:
+        return [{name: barrier.gradients(name) for name in self.losses}] * len(effects)
+
+
+def with_gradients(gradients: Iterable[Tensor], parameters: Iterable[nn.Parameter]) -> Tensor:
+    """A loss whose gradients with respect to these parameters are these."""
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.stack([(gradient * parameter).sum() for gradient, parameter in pairs]).sum()
 
 
 # -- digits ----------------------------------------------------------------------------------------
@@ -103,17 +135,12 @@ def draw_digits(
     inputs = torch.randn(1500, *noise, generator=torch.Generator().manual_seed(0))
 
     def distance() -> float:
-        made = fitter.predict(module, DataLoader(TensorDataset(inputs), 500, collate_fn=first))
+        made = fitter.predict(module, DataLoader(inputs, 500))  # type: ignore[arg-type]
         return frechet_distance(torch.cat(made or []).float().cpu().flatten(1), real)
 
     untrained = distance()
     fitter.fit(module, batches)
     return Result(distance(), target, "lower", untrained, "Fréchet distance")
-
-
-def first(rows: list[tuple[Tensor]]) -> Tensor:
-    """A batch of the rows of one column."""
-    return torch.stack([row for (row,) in rows])
 
 
 def norm(kind: str, channels: int) -> nn.Module:

@@ -6,10 +6,10 @@ Adversarial Networks (2016, arXiv:1511.06434). Reference: github.com/pytorch/exa
 
 import torch
 import torch.nn.functional as F
-from _common import Loader, Result, digits, draw_digits, loader, norm, run, trainer
+from _common import Loader, Result, Where, digits, draw_digits, loader, norm, run, trainer
 from torch import Tensor, nn
 
-from composefit import LoopModule, Step, Strategy
+from composefit import LoopModule, Step
 
 NOISE = 64
 
@@ -82,9 +82,7 @@ def build(quick: bool = False) -> tuple[DCGAN, Loader]:
     return DCGAN(), loader(images, labels, batch_size=64)
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
     fitter = trainer(strategy, devices, max_steps=4 if quick else 700)
     return draw_digits(fitter, module, batches, NOISE, target=4.0)

@@ -6,14 +6,13 @@ StyleGAN (2020, arXiv:1912.04958). Reference: github.com/NVlabs/stylegan2-ada-py
 
 import torch
 import torch.nn.functional as F
-from _common import Loader, Result, digits, draw_digits, loader, run, trainer
+from _common import Loader, Result, Where, digits, draw_digits, loader, run, trainer
 from torch import Tensor, nn
 
-from composefit import LoopModule, Once, Step, Strategy
+from composefit import LoopModule, Once, Step
 from composefit.callbacks import EMA
 
-NOISE, STYLE, GROUP = 32, 64, 4
-SIZES = (4, 8, 8)  # of the layers' images
+NOISE, STYLE, GROUP, SIZES = 32, 64, 4, (4, 8, 8)  # the sizes are those of the layers
 R1_EVERY, PATHS_EVERY, MIXED = 16, 4, 0.9
 
 
@@ -23,7 +22,7 @@ class StyleGAN2(LoopModule):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.mapping = nn.Sequential(nn.Linear(NOISE, STYLE), nn.SiLU(), nn.Linear(STYLE, STYLE))
+        self.mapping = nn.Sequential(nn.Linear(NOISE, STYLE), nn.LeakyReLU(0.2), nn.Linear(STYLE, STYLE))
         self.synthesis = Synthesis(width)
         body = conv(1, width, 3), conv(width, width, 4), Spread(), conv(width + 1, width, 4)
         self.critic = nn.Sequential(*body, nn.Flatten(), nn.Linear(4 * width, 1))
@@ -45,7 +44,6 @@ class StyleGAN2(LoopModule):
             lengths = self.path_lengths(*self.draw(len(real)))
             mean = yield from Once(self.follow, lengths)
             yield {"generator": PATHS_EVERY * 0.1 * (lengths - mean).square().mean()}
-
         fake, _ = self.draw(len(real))
         yield {"critic": (F.softplus(self.critic(fake)) + F.softplus(-self.critic(real))).mean()}
         if self.global_step % R1_EVERY == 0:
@@ -62,7 +60,6 @@ class StyleGAN2(LoopModule):
         return self.synthesis(styles, [self.random.normal(n, 1, s, s) for s in SIZES]), styles
 
     def path_lengths(self, fake: Tensor, styles: Tensor) -> Tensor:
-        """How far each image moves with its styles, in a random direction: (n,)."""
         direction = self.random.normal(*fake.shape) / fake[0].numel() ** 0.5
         (slope,) = torch.autograd.grad((fake * direction).sum(), styles, create_graph=True)
         return slope.square().sum(2).mean(1).sqrt()
@@ -96,14 +93,10 @@ class Synthesis(nn.Module):
         return self.ink(x)
 
 
-class Spread(nn.Module):
-    """One more channel: the mean standard deviation within groups of samples."""
-
+class Spread(nn.Module):  # one more channel: the mean standard deviation within groups
     def forward(self, x: Tensor) -> Tensor:
-        spreads = [
-            (g.var(0, correction=0) + 1e-8).sqrt().mean().expand_as(g) for g in x.split(GROUP)
-        ]
-        return torch.cat([x, torch.cat(spreads)[:, :1]], 1)
+        s = [(g.var(0, correction=0) + 1e-8).sqrt().mean().expand_as(g) for g in x.split(GROUP)]
+        return torch.cat([x, torch.cat(s)[:, :1]], 1)
 
 
 def conv(before: int, after: int, size: int) -> nn.Module:
@@ -116,13 +109,11 @@ def build(quick: bool = False) -> tuple[StyleGAN2, Loader]:
     return StyleGAN2(), loader(images, labels, batch_size=64)
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
     average = EMA(0.98, ["mapping", "synthesis"])
     fitter = trainer(strategy, devices, max_steps=4 if quick else 500, callbacks=average)
-    return draw_digits(fitter, module, batches, NOISE, target=8.0)
+    return draw_digits(fitter, module, batches, NOISE, target=15.0)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ arXiv:1704.00028), algorithm 1. Reference: github.com/igul222/improved_wgan_trai
 """
 
 import torch
-from _common import Loader, Result, digits, draw_digits, loader, run, trainer
+from _common import Loader, Result, Where, digits, draw_digits, loader, run, trainer
 from torch import Tensor, nn
 
-from composefit import LoopModule, Step, Strategy
+from composefit import LoopModule, Step
 
 NOISE, CRITIC_STEPS = 64, 5
 
@@ -83,7 +83,7 @@ def build(quick: bool = False, fresh: bool = True) -> tuple[WGANGP, Loader]:
 
 
 def main(
-    strategy: str | Strategy = "auto",
+    strategy: Where = "auto",
     devices: int | str = "auto",
     quick: bool = False,
     fresh: bool = True,

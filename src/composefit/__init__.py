@@ -2,6 +2,7 @@
 
 from composefit.callbacks import Callback
 from composefit.data_parallel import DataParallel
+from composefit.data import PerRank
 from composefit.datamodule import DataModule
 from composefit.effects import Effect, Gather, Once
 from composefit.images import Image
@@ -11,7 +12,13 @@ from composefit.module import LoopModule
 from composefit.optimizers import OptimizerConfig
 from composefit.seeding import seed_everything
 from composefit.steps import Step
-from composefit.strategies import SingleDevice, Strategy, ThreadDataParallel
+from composefit.strategies import (
+    Distributed,
+    MultiGPU,
+    SingleDevice,
+    Strategy,
+    ThreadDataParallel,
+)
 from composefit.trainer import Trainer
 from composefit.updates import Update
 
@@ -19,14 +26,17 @@ __all__ = [
     "Callback",
     "DataModule",
     "DataParallel",
+    "Distributed",
     "Effect",
     "Gather",
     "Image",
     "Loop",
     "LoopModule",
     "Mean",
+    "MultiGPU",
     "Once",
     "OptimizerConfig",
+    "PerRank",
     "SingleDevice",
     "Step",
     "Strategy",

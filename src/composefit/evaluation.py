@@ -15,8 +15,11 @@ from composefit import tree
 from composefit.data import Batches
 from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
+from composefit.lockstep.shard import Shard
 from composefit.logs import Logs
 from composefit.module import LoopModule
+from composefit.ranks import World
+from composefit.replicas import RankMetrics
 from composefit.seeding import global_states, restore_global_states
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ class Evaluation:
         logs: what the evaluations since the last fit began have logged.
         numbers: batches of each loader of the evaluation that runs.
         sanity_checking: whether these are the validation batches before training.
+        batch_samples: of the batch whose outputs were joined last, on all ranks; None where
+            nobody knows.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -40,6 +45,7 @@ class Evaluation:
         self.logs = Logs()
         self.numbers: list[float] = []
         self.sanity_checking = False
+        self.batch_samples: int | None = None
         self._drivers: dict[str, Lockstep] = {}
         self._name = "validation"
         self._joins = True
@@ -49,6 +55,14 @@ class Evaluation:
     def forget(self) -> None:
         """Other hooks, sessions or modules from now on."""
         self._drivers.clear()
+
+    @property
+    def _ranks(self) -> World | None:
+        return self.trainer.world
+
+    @property
+    def _metrics(self) -> RankMetrics | None:
+        return getattr(self.trainer, "rank_metrics", None)
 
     # -- what loops call -----------------------------------------------------------------------
 
@@ -66,6 +80,8 @@ class Evaluation:
         """
         trainer, call = self.trainer, self.trainer.call
         modes = {part: part.training for part in module.modules()}
+        if self._metrics is not None:  # what training has counted by now is not this one's part
+            self._metrics.join()
         metrics = [_Metric(part) for part in modes if isinstance(part, Metric)]
         generators = global_states()
         module.eval()
@@ -86,11 +102,13 @@ class Evaluation:
             with quiet, trainer.hearing(self.logs), trainer.profiled_as(name):
                 yield
             if self.sanity_checking:
-                _put_back(metrics)
+                self._put_back(metrics)
+            elif self._metrics is not None:
+                self._metrics.join()
         except BaseException:
             # It begins anew when the run is resumed: what it has counted would count twice.
             self.logs.forget_epoch()
-            _put_back(metrics)
+            self._put_back(metrics)
             restore_global_states(generators)
             raise
         finally:
@@ -99,6 +117,12 @@ class Evaluation:
                 trainer.training.pause(time.monotonic() - began)
             for part, training in modes.items():
                 part.training = training
+
+    def _put_back(self, metrics: list[_Metric]) -> None:
+        for one in metrics:
+            one.put_back()
+        if self._metrics is not None:
+            self._metrics.forget()
 
     def step(self, module: LoopModule, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """One evaluation step; see `Trainer.evaluate`."""
@@ -111,14 +135,39 @@ class Evaluation:
         several = len(self.numbers) > 1
         driver.log_suffix = f"/dataloader_idx_{dataloader_idx}" if several else ""
         self._suffix = driver.log_suffix
+        if self._metrics is not None:
+            self._metrics.part()
         shards = driver.step([batch], batch_idx, batch_idx)
         self.logs.add(shards)
         if (batch_idx + 1) % trainer.log_every_n_steps == 0 and not self.sanity_checking:
+            self._exchange()
             trainer.write(self.logs.take_steps())
+        return self._joined(shards, driver.device)
+
+    def _exchange(self, whole: bool = False) -> None:
+        """Let all ranks know what all have logged; with `whole`, all that metrics have counted."""
+        world = self._ranks
+        if world is not None:
+            self.logs.exchange(world, self._metrics, whole)
+
+    def _joined(self, shards: Sequence[Shard], device: torch.device) -> Any:
+        """What the step returned, of all shards and ranks, in the order of the samples."""
+        world = self._ranks
         outputs = [shard.output for shard in shards]
-        if len(outputs) == 1:
+        if world is None and len(outputs) == 1:
             return outputs[0]
-        return tree.join(outputs) if self._joins else None
+        if not self._joins:
+            return None
+        samples = [shard.samples for shard in shards]
+        if world is not None:
+            # Those of a rank without samples are none of the batch's.
+            mine = (tree.map_tensors(_travelling, outputs), samples)
+            everyone = world.gather("what an evaluation step returned", mine)
+            outputs = [output for own, _ in everyone for output in own]
+            samples = [count for _, own in everyone for count in own]
+        self.batch_samples = sum(samples)
+        joined = _join(outputs, samples)
+        return joined if world is None else tree.move(joined, device)
 
     def batches(self, batches: Batches) -> Iterator[Any]:
         """A loader's batches, the same at every evaluation; the first few in a sanity check."""
@@ -128,6 +177,7 @@ class Evaluation:
             if i + 1 == self._at_most:
                 break
         if self._suffix:
+            self._exchange(whole=True)
             self.logs.end_loader(self._suffix)
 
     @contextmanager
@@ -146,11 +196,13 @@ class Evaluation:
             self.logs = Logs()
 
     def end(self) -> None:
-        """The last batch is done: the means are known."""
+        """The last batch is done: the means are known, and metrics are of all ranks' samples."""
+        self._exchange(whole=True)
         self.logs.end_epoch()
 
     def write(self) -> None:
         """Hand the means to the loggers, with what hooks have logged at the end."""
+        self._exchange()
         self.logs.end_epoch()
         values, images = self.logs.take_epoch(), self.logs.take_images()
         if not self.sanity_checking:
@@ -188,6 +240,34 @@ def _copied(state: Any) -> Any:
     return state.clone() if isinstance(state, Tensor) else list(state)
 
 
-def _put_back(metrics: list[_Metric]) -> None:
-    for one in metrics:
-        one.put_back()
+def _travelling(tensor: Tensor) -> Tensor:
+    """On the CPU, and without the rest of a larger tensor that it may be a part of."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _join(parts: list[Any], samples: list[int]) -> Any:
+    """Join outputs, of which a number is a mean over the part's samples, as a plain loss is.
+
+    That is a float, or a 0-dim floating tensor, returned by itself or as a value of a dict: it
+    becomes the mean over all samples, as it is where the batch is a single part. Everything else
+    is joined by `tree.join`.
+    """
+    first = parts[0]
+    if all(type(part) is float for part in parts):
+        return _mean(parts, samples)
+    if all(_is_number(part) for part in parts):
+        mean = _mean([part.double() for part in parts], samples)
+        return mean.to(first.dtype)
+    if all(type(part) is dict and part.keys() == first.keys() for part in parts):
+        return {key: _join([part[key] for part in parts], samples) for key in first}
+    return tree.join(parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+
+
+def _mean(values: list[Any], samples: list[int]) -> Any:
+    if len(values) == 1:
+        return values[0]
+    return sum(value * count for value, count in zip(values, samples, strict=True)) / sum(samples)

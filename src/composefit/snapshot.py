@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import pickle
 import platform
+import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from composefit import checkpoint
 from composefit.callbacks import Callback, ModelCheckpoint
+from composefit.data import Batches
+from composefit.loops import Loop
 from composefit.module import LoopModule
+from composefit.random import hash_key
+from composefit.ranks import World
 from composefit.seeding import global_states, restore_global_states
 
 if TYPE_CHECKING:
@@ -25,13 +32,19 @@ if TYPE_CHECKING:
 #: Where a checkpoint was found, and what is in it.
 Found: TypeAlias = tuple[Path, dict[str, Any]]
 
+Result = TypeVar("Result")
+
 _AS_THEN = "make them as they were, or load the weights alone with load_from_checkpoint"
 
 
 def take(
     trainer: Trainer, weights_only: bool = False, trainable_only: bool = False
 ) -> dict[str, Any]:
-    """The state of a trainer, between two steps.
+    """The state of a trainer, between two steps; all ranks call it.
+
+    It is the whole job's: what ranks have logged and counted apart is added up, and what is a
+    rank's own (its generators, its place in its own part of the data) is there for each. Everything
+    else is the same on all ranks. So it goes on with any number of ranks, one among them.
 
     Args:
         trainer: has a module.
@@ -58,8 +71,12 @@ def take(
         "epoch": trainer.current_epoch,
         "mid_step": trainer.mid_step,
     }
-    training, loop = trainer.training, trainer.loop
+    training, loop, world = trainer.training, trainer.loop, trainer.world
     if training is not None and not weights_only:
+        if world is not None:
+            metrics = _rank_metrics(trainer)
+            trainer.logs.exchange(world, metrics, whole=True)
+            trainer.evaluation.logs.exchange(world, metrics)
         named = training.optimizers.items()
         state |= {
             "optimizers": {
@@ -83,13 +100,104 @@ def take(
             "history": trainer.history.state_dict(),
             "data": {} if trainer.datamodule is None else trainer.datamodule.state_dict(),
             "seed": trainer.run_seed,
-            "random": global_states(),
+            **_of_ranks(world, loop),
         }
     return state
 
 
+def write(trainer: Trainer, path: str | Path, state: dict[str, Any]) -> None:
+    """Write a state to a file: rank 0 does, and the others wait until it is there.
+
+    Raises:
+        TypeError, OSError: it could not be written; on every rank.
+    """
+    _on_first(trainer.world, f"the checkpoint {path}", lambda: checkpoint.save(path, state))
+
+
+def _rank_metrics(trainer: Trainer) -> Any:
+    return getattr(trainer, "rank_metrics", None)
+
+
+def _of_ranks(world: World | None, loop: Loop | None) -> dict[str, Any]:
+    """What is a rank's own, of all ranks."""
+    loaders = {} if loop is None else dict(_loaders(loop))
+    generators = global_states()
+    own = {name: batches.rank_state() for name, batches in loaders.items()}
+    if world is None:
+        everyone = [(generators, own)]
+    else:
+        everyone = world.gather("what is a rank's own in a checkpoint", (generators, own))
+    states = [one for one, _ in everyone]
+    found: dict[str, Any] = {"random": states[0]}
+    if not all(_equal(one, states[0]) for one in states):
+        found["random_of_ranks"] = states
+    by_rank = {name: [of_rank[name] for _, of_rank in everyone] for name in own}
+    kept = {name: states for name, states in by_rank.items() if states != [None] * len(states)}
+    return found | {"loaders_of_ranks": kept} if kept else found
+
+
+def _restore_generators(world: World | None, state: dict[str, Any]) -> None:
+    """This rank's generators; a rank that was not there then begins with draws of its own."""
+    rank = 0 if world is None else world.rank
+    states = state.get("random_of_ranks", [state["random"]])
+    restore_global_states(states[min(rank, len(states) - 1)])
+    if len(states) > 1 and rank >= len(states):  # not the last one's draws once more
+        seed = hash_key(state["seed"], state["global_step"], rank)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+
+def _loaders(loop: Loop, path: str = "") -> Iterator[tuple[str, Batches]]:
+    """The loaders whose places are in a loop's state, by the names of the attributes."""
+    for name, value in vars(loop).items():
+        if isinstance(value, Batches):
+            yield path + name, value
+        elif isinstance(value, Loop):
+            yield from _loaders(value, f"{path}{name}.")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+def _on_first(world: World | None, what: str, function: Callable[[], Result]) -> Result:
+    """What a function returns on rank 0, or raises there, on all ranks."""
+    if world is None:
+        return function()
+    error: Exception | None = None
+    said: tuple[bool, Any] = (True, None)
+    if world.rank == 0:
+        try:
+            said = True, function()
+        except Exception as raised:
+            error, said = raised, (False, _as_plain(raised))
+    done, found = world.broadcast(what, said)
+    if error is not None:
+        raise error
+    if not done:
+        found.add_note("(on rank 0)")
+        raise found
+    return found  # type: ignore[no-any-return]
+
+
+def _as_plain(error: Exception) -> Exception:
+    """An error that can be told to other ranks."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
-    """A checkpoint, read and verified.
+    """A checkpoint, read and verified; all ranks call it, and each reads the file that rank 0 means.
 
     Args:
         trainer: whose checkpoint callbacks know what `"best"`, `"last"` and `"auto"` are.
@@ -97,20 +205,37 @@ def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: it is damaged.
+        RuntimeError: it is damaged, or ranks have read different files under this name.
         ValueError: it is none of a trainer's.
     """
-    path = _find(trainer, ckpt_path)
+    if ckpt_path is None:
+        return None
+    world = trainer.world
+    what = f"which checkpoint {ckpt_path} is"
+    path = _on_first(world, what, lambda: _find(trainer, ckpt_path))
     if path is None:
         return None
-    state = checkpoint.load(path)
+    try:
+        state = checkpoint.load(path)
+    except FileNotFoundError as error:
+        if world is not None:
+            error.add_note(
+                f"rank {world.rank} has no such file: every rank reads the checkpoint itself, so "
+                "its folder must be one that all machines share"
+            )
+        raise
     checkpoint.of_trainer(state, path)
+    if world is not None:
+        steps = [step for (step,) in world.agree(f"{path}, read", state["global_step"])]
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"ranks have read different files as {path}: they are of the steps {steps}, in "
+                "rank order. Give a folder that all machines share"
+            )
     return path, state
 
 
-def _find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
-    if ckpt_path is None:
-        return None
+def _find(trainer: Trainer, ckpt_path: str | Path) -> Path | None:
     checkpoint.refuse_address(ckpt_path)  # before it becomes a Path, which takes a slash away
     callbacks = trainer.checkpoint_callbacks
     if ckpt_path == "best":
@@ -224,6 +349,10 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         )
     if loop is not None:  # first, since its loaders may refuse the state of others
         loop.load_state_dict({k: v for k, v in state["loop"].items() if k != "class"})
+        loaders = dict(_loaders(loop))
+        for name, of_ranks in state.get("loaders_of_ranks", {}).items():
+            if name in loaders:
+                loaders[name].load_rank_states(of_ranks)
     module.load_state_dict(state["state_dict"], strict=False)
     for name, one in training.optimizers.items():
         kept = {key: value for key, value in state["optimizers"][name].items() if key != "class"}
@@ -242,13 +371,16 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
     for name, metric in _metrics(module):
         if name in state["metrics"]:
             _load_metric(metric, state["metrics"][name])
+    metrics = _rank_metrics(trainer)
+    if metrics is not None:
+        metrics.forget()  # they are whole, on every rank
     trainer.logs.load_state_dict(state["logs"], module)
     trainer.evaluation.logs.load_state_dict(state["evaluation_logs"], module)
     _load_callbacks(trainer.callbacks, state["callbacks"])
     for logger, kept in zip(trainer.loggers, state["loggers"], strict=False):
         logger.load_state_dict(kept)
     trainer.history.load_state_dict(state["history"])
-    restore_global_states(state["random"])
+    _restore_generators(trainer.world, state)
 
 
 def keyed(callbacks: list[Callback]) -> Iterator[tuple[str, Callback]]:

@@ -1,6 +1,12 @@
 """A loader's batch is the world's: ranks get rows of it, and together what one process gets."""
 
+import gc
+import itertools
+import os
+import pickle
 import random
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +31,8 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from composefit.data import Batches, LoaderBatches, PerRank, Rows
 from composefit.data.digests import digest
+from composefit.data.rows import Share
+from composefit.data.streams import OwnRows, unpack
 from tests.data.grid import (
     KINDS,
     PLAIN,
@@ -38,6 +46,7 @@ from tests.data.grid import (
     same,
     train,
 )
+from tests.data.test_loaders import left_behind
 from tests.data.world import close, steps, whole, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
@@ -177,16 +186,27 @@ def test_a_batch_sampler_may_give_indices_of_any_kind(kind: Any) -> None:
         assert torch.equal(torch.cat([rows.batch[0] for rows in given]), batch)
 
 
+def test_workers_that_are_not_forked_can_take_rows() -> None:
+    collate: OwnRows = pickle.loads(pickle.dumps(OwnRows(torch.stack, Share(1, 2))))
+    batch, sizes, _ = collate([torch.tensor(i) for i in range(5)])
+    assert batch.tolist() == [3, 4]
+    assert sizes == (3, 2)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_spawned_workers_and_loaders_of_ones_own(workers: int) -> None:
-    class Marked(DataLoader[Any]):
+@pytest.mark.parametrize("name", ["shuffle", "iterable"])
+def test_a_loader_of_ones_own_kind_gets_the_bare_rows(name: str, workers: int) -> None:
+    class Shifted(DataLoader[Any]):
         def __iter__(self) -> Any:
             for batch in super().__iter__():
-                yield batch + 100
+                yield batch[:, :1] + 100
 
     def make() -> Any:
-        options = {"multiprocessing_context": "spawn"} if workers else {}
-        return loader(Stream(), workers, Marked, batch_size=7, **options)
+        dataset, options = {
+            "shuffle": (Augmented(), {"shuffle": True}),
+            "iterable": (Stream(), {}),
+        }[name]
+        return loader(dataset, workers, Shifted, batch_size=7, **options)
 
     assert same([whole(given) for given in together(make, 2, 1)[0]], alone(make, 1)[0])
 
@@ -288,16 +308,62 @@ def test_the_process_draws_as_if_nothing_was_fetched(name: str, workers: int) ->
     batches.close()
 
 
+def test_nothing_is_kept_of_an_endless_stream() -> None:
+    class Endless(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return itertools.count()
+
+    for ranks in (1, 2):
+        (batches, *_) = world(lambda: loader(Endless(), 0, batch_size=2), ranks)
+        iterator = batches.epoch(0)
+        for _ in range(50):
+            next(iterator)
+        source: Any = batches._source
+        assert not source._indices.ahead and not source._arrived
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks Linux")
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_no_process_thread_or_file_is_left(kind: Any, persistent: bool) -> None:
+    def go() -> None:
+        (batches, *_) = world(lambda: loader(Stream(), 1, kind, persistent_workers=persistent), 2)
+        train(batches, 0, 2)
+        batches.close()
+
+    go()  # multiprocessing opens some files once
+    before = left_behind()[2:]
+    go()
+    assert left_behind() == (0, 0, *before)
+
+
+def test_an_iterator_is_not_kept_alive_by_what_is_taken_off_its_batches() -> None:
+    class Fetches:
+        def _next_data(self) -> Any:
+            return [torch.zeros(2), [2, 1], 5]  # tuples become lists where memory is pinned
+
+    iterator: Any = Fetches()
+    arrived: deque[Any] = deque()
+    unpack(iterator, arrived)
+    assert torch.equal(iterator._next_data(), torch.zeros(2))
+    assert arrived == deque([((2, 1), 5)])
+    gone = weakref.ref(iterator)
+    gc.disable()
+    try:
+        del iterator
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 # -- what is given whole ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["batch_size=None", *PLAIN])
+@pytest.mark.parametrize("name", ["batch_size=None", "list", "iterable", "loader with state"])
 def test_what_no_rank_can_take_rows_of_comes_whole_and_alike_on_all(name: str) -> None:
     def make() -> Any:
         return {**KINDS, **PLAIN}[name](0)
 
-    if name == "map with state":
-        return  # a DataLoader
     for one, several in zip(alone(make), together(make, 2), strict=True):
         for rank in range(2):
             assert same([given[rank] for given in several], one)

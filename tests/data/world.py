@@ -9,8 +9,6 @@ from torch import Tensor
 from composefit.data import Batches, Rows
 from tests.data.grid import reloaded, scramble
 
-SIZES = [2, 3, 4]
-
 
 class Agreement:
     """`agree` of every rank of a world, where it is known how many batches each has an epoch."""

@@ -7,6 +7,7 @@ parameter, `moved` how far the least moved one has come.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections import Counter
@@ -240,7 +241,7 @@ def counted() -> Iterator[Counter[str]]:
 
         setattr(dist, name, call)
 
-    for name, sent in (("reduce_scatter_tensor", 1), ("all_gather_into_tensor", 0), ("all_reduce", 0)):
+    for name, sent in (("reduce_scatter_single", 1), ("all_gather_single", 0), ("all_reduce", 0)):
         wrap(name, sent)
     try:
         yield found
@@ -410,7 +411,7 @@ def gradient_penalty() -> dict[str, Any]:
         share = len(rows(z)) / 7
         for _ in range(2):
             loss = loss_critic(module.critic, rows(real), fake)
-            loss = loss + 10 * penalised(module, rows(real), fake)
+            loss = loss + 0.5 * penalised(module, rows(real), fake)
             held = max(held, len(strategy._held))
             hand.update("critic", c, (loss, share), retain=True)
         hand.update("generator", g, (loss_generator(module.critic, fake), share))
@@ -418,7 +419,7 @@ def gradient_penalty() -> dict[str, Any]:
         strategy.end_step(module)
         fake = plain.generator(z)
         for _ in range(2):
-            take(loss_critic(plain.critic, real, fake) + 10 * penalised(plain, real, fake), pc, True)
+            take(loss_critic(plain.critic, real, fake) + 0.5 * penalised(plain, real, fake), pc, True)
             pc.step()
         take(loss_generator(plain.critic, fake), pg)
         pg.step()
@@ -627,7 +628,7 @@ def whole_state_and_back() -> dict[str, Any]:
     # As every rank reads it from a file.
     box = [full]
     dist.broadcast_object_list(box)
-    (full,) = box
+    full = copy.deepcopy(box[0])
     again = sharded(other)
     oc = adam_or_sgd("adam", other.critic)
     other.load_state_dict(again.load_weights(other, full["weights"]))
@@ -718,6 +719,94 @@ def one_batch_over_unfrozen_parameters() -> dict[str, Any]:
         po.step()
         po.zero_grad()
     return compare(module.critic, plain.critic, start.critic)
+
+
+@case
+def every_elementwise_optimizer() -> dict[str, Any]:
+    """Of sharded and whole parameters together, and its state."""
+    kinds: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
+        "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        "adam": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+        "foreach": (torch.optim.AdamW, {"lr": 0.01, "foreach": True}),
+        "fused": (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
+        "nadam": (torch.optim.NAdam, {"lr": 0.01}),
+        "radam": (torch.optim.RAdam, {"lr": 0.01}),
+        "adamax": (torch.optim.Adamax, {"lr": 0.01}),
+        "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True}),
+        "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+        "adadelta": (torch.optim.Adadelta, {"lr": 1.0}),
+    }
+    worst = {}
+    cut = {}
+    for name, (kind, options) in kinds.items():
+        plain, module = ActorCritic(), ActorCritic()
+        strategy = sharded(module)
+        hand = ByHand(strategy, module)
+        o, po = (kind(m.parameters(), **options) for m in (module, plain))
+        for i in range(4):
+            x = draw(10, 4, seed=i)
+            hand.update("all", o, (sum(module.losses(rows(x))), 0.5))  # type: ignore[arg-type]
+            take(sum(plain.losses(x)), po)  # type: ignore[arg-type]
+            po.step()
+        own = strategy.full_state(o.state_dict())
+        wanted = po.state_dict()
+        off = compare(module, plain, ActorCritic())["worst"]
+        if dist.get_rank() == 0:
+            for i, entry in wanted["state"].items():
+                assert entry.keys() == own["state"][i].keys()
+                for key, value in entry.items():
+                    if isinstance(value, Tensor):
+                        scale = value.abs().max().clamp(min=1e-12)
+                        off = max(off, ((own["state"][i][key] - value).abs().max() / scale).item())
+        worst[name] = off
+        states = [s for p in module.encoder.parameters() for s in o.state[p].values()]
+        cut[name] = any(isinstance(s, DTensor) for s in states)
+    return {"worst": worst, "cut": cut}
+
+
+@case
+def the_weights_of_an_evaluation_do_not_stay() -> dict[str, Any]:
+    module = gan_module()
+    strategy = sharded(module)
+    x = draw(6, 5, seed=0)
+    own = {n: p.detach().clone() for n, p in module.critic.named_parameters()}
+    with torch.no_grad():
+        before = module.critic(x)
+        for p in module.critic.parameters():
+            p.mul_(0.5)
+        other = module.critic(x)
+        for n, p in module.critic.named_parameters():
+            p.copy_(own[n])
+    after = module.critic(x)
+    strategy.end_step(module)
+    return {"other": not torch.equal(before, other), "back": torch.equal(before, after.detach())}
+
+
+@case
+def averages_of_sharded_and_whole_parameters() -> dict[str, Any]:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    module = ActorCritic()
+    strategy = sharded(module)
+    said = {}
+    average = get_ema_multi_avg_fn(0.9)
+    for name, part in (("sharded", module.encoder), ("mixed", module)):
+        own = [p.detach().clone() for p in part.parameters()]
+        new = [p.detach() + 1 for p in part.parameters()]
+        wanted = [strategy.full_state([a])[0] * 0.9 + strategy.full_state([b])[0] * 0.1
+                  for a, b in zip(own, new, strict=True)]
+        try:
+            average(own, new, 0)
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            continue
+        got = [strategy.full_state([a])[0] for a in own]
+        said[name] = max((a - b).abs().max().item() for a, b in zip(got, wanted, strict=True) if a.numel())
+    try:
+        AveragedModel(module.encoder)
+    except Exception as error:
+        said["AveragedModel"] = f"{type(error).__name__}: {str(error)[:100]}"
+    return said
 
 
 def main(path: str, names: list[str]) -> None:

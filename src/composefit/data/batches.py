@@ -254,8 +254,8 @@ class Batches:
             ValueError: it was saved with another kind of loader, another number of batches, or
                 another number of samples; or by another number of ranks, each with a part of it.
         """
-        saved, here = state.get("ranks"), self.ranks[1] if self._per_rank else None
-        if saved != here:
+        saved = state.get("ranks") or 1
+        if saved != (self.ranks[1] if self._per_rank else 1):
             raise ValueError(_other_ranks(self.name, saved, self.ranks[1]))
         same_kind(self.name, self._source, state["kind"])
         available = None if self.available == math.inf else self.available
@@ -347,13 +347,12 @@ def _limited(available: float, name: str, limit: int | float | None) -> float:
     return min(available, max(1, int(available * limit)))
 
 
-def _other_ranks(name: str, saved: int | None, here: int) -> str:
+def _other_ranks(name: str, saved: int, here: int) -> str:
     return (
-        f"{name} gives each rank batches of its own, or its dataset has a state on each rank; the "
-        f"state was saved with {saved or 'one loader for all'} "
-        f"{'ranks' if saved else 'of them'}, but there {'are' if here > 1 else 'is'} {here} now. "
-        "Resume with the same number of processes and the same loaders; or load the weights "
-        "alone, and begin the epoch anew"
+        f"{name} gives each rank batches of its own, or its dataset has a state on each, which "
+        f"was saved by {saved} {'ranks' if saved > 1 else 'rank'}, but there "
+        f"{'are' if here > 1 else 'is'} {here} now. Resume with the same number of processes and "
+        "the same loaders; or load the weights alone, and begin the epoch anew"
     )
 
 

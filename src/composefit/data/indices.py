@@ -30,6 +30,7 @@ class Indices:
         streams: an index says how many samples, not which.
         share: give this rank's part of each index only. What ranks draw while they load theirs has
             nothing in common. None: all of it.
+        workers_alike: the workers of all ranks start with the same seed, which their loader saves.
 
     Attributes:
         before_iter: called before the sampler is iterated over, or None.
@@ -49,6 +50,7 @@ class Indices:
         persistent: bool,
         streams: bool,
         share: Share | None,
+        workers_alike: bool,
     ) -> None:
         self.sampler = sampler
         self.always = always
@@ -60,6 +62,7 @@ class Indices:
         self.share = share
         # Rank 0 draws what one process alone would.
         self.own = () if share is None or share.rank == 0 else (share.rank,)
+        self.workers_own = () if workers_alike else self.own
         self.before_iter: Callable[[], None] | None = None
         self.after_draw: Callable[[], Any] | None = None
         self.begin(0, 0)
@@ -77,7 +80,9 @@ class Indices:
             expected: the fingerprint of the last index that is passed over, or None.
         """
         self.key = key_of(seed, epoch)
-        self.workers_key = key_of(seed if self.persistent else self.key, _WORKERS, *self.own)
+        self.workers_key = key_of(
+            seed if self.persistent else self.key, _WORKERS, *self.workers_own
+        )
         self.skip, self.number, self.expected = skip, number, expected
         self.error: Exception | None = None
         self.ahead: deque[tuple[int, Any, Any]] = deque(maxlen=0 if self.streams else None)

@@ -80,6 +80,7 @@ class TorchLoader:
             persistent=self.persistent,
             streams=self.streams,
             share=None if self.streams else self.share,
+            workers_alike=has_state(loader),
         )
         self._arrived: deque[tuple[tuple[int, ...], int]] = deque()  # of a stream's batches
         self._drawers = Drawers(loader)

@@ -98,8 +98,10 @@ def shard_note(shard: Shard, step: int, updates: dict[str, int]) -> str:
     else:
         effect = "at its end" if shard.done else "before its first effect"
     done = ", ".join(f"{name}: {n}" for name, n in updates.items()) or "none"
+    ranks = shard.lock.ranks
+    rank = "" if ranks is None else f"rank {ranks.world.rank}, "
     return (
-        f"shard {shard.index} (lane {shard.lane}, thread {shard.thread}), step {step}, "
+        f"{rank}shard {shard.index} (lane {shard.lane}, thread {shard.thread}), step {step}, "
         f"batch {shard.batch_idx}, {effect}, in {shard.lock.body.name} ({shard.where()}); "
         f"updates done before it: {done}"
     )

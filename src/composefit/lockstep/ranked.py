@@ -286,6 +286,7 @@ class RankedBuffers:
         self._before: list[Tensor] = []
         self._others: list[tuple[str, Tensor]] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._last: list[tuple[str, Tensor]] = []
 
     @property
     def differ(self) -> bool:
@@ -307,6 +308,10 @@ class RankedBuffers:
             for name, buffer in self.owner.named_buffers()
             if id(buffer) not in statistics
         ]
+        for _, buffer in self._others:
+            seen = self._versions.get(id(buffer))
+            if seen is None or seen[0] is not buffer:
+                self._versions[id(buffer)] = (buffer, _version(buffer))
 
     def end(self, share: float) -> None:
         """After a step: statistics become those before it plus the weighted mean of changes.
@@ -351,11 +356,8 @@ class RankedBuffers:
     def _writes(self, replicas: Sequence[Any]) -> list[tuple[str, Tensor]]:
         found: list[tuple[str, Tensor]] = []
         for name, buffer in self._others:
-            seen = self._versions.get(id(buffer))
-            version = 0 if buffer.is_inference() else buffer._version
-            if seen is None or seen[0] is not buffer:
-                self._versions[id(buffer)] = (buffer, version)
-            elif seen[1] != version:
+            version = _version(buffer)
+            if self._versions[id(buffer)][1] != version:
                 self._versions[id(buffer)] = (buffer, version)
                 found.append((name, buffer))
         for replica in replicas[:1]:
@@ -389,6 +391,10 @@ class RankedBuffers:
                 ranks = [rank for rank, value in enumerate(checksums) if value != -1.0]
                 other = next(r for r, v in zip(ranks, values, strict=True) if v != values[0])
                 raise messages.differing_writes(name, f"ranks {ranks[0]} and {other} differ")
+
+
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

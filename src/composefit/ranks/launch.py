@@ -30,9 +30,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from composefit.ranks.environment import OWN_RUN_ID, found_job
-from composefit.ranks.outcome import Outcome
-from composefit.ranks.parcels import Known, culprit, pack, unpack
-from composefit.ranks.rank import outcome_file
+from composefit.ranks.mirror import Sent
+from composefit.ranks.parcels import culprit, pack, unpack
+from composefit.ranks.rank import value_file
 from composefit.ranks.watch import GRACE, Watch
 from composefit.signals import Signals
 
@@ -60,7 +60,6 @@ def launch(
     processes: int,
     *arguments: Any,
     timeout: float | None = None,
-    known: Known | None = None,
 ) -> list[Any]:
     """Run `function(*arguments)` in so many new processes, and wait for all of them.
 
@@ -83,7 +82,6 @@ def launch(
         arguments: what can be pickled; tensors arrive on the CPU.
         timeout: when the first ranks have returned, the others have so many seconds for it, too;
             None for no limit.
-        known: see `parcels.pack`; the function has to `resolve` what it gives.
 
     Returns:
         What each rank's function has returned, in the order of the ranks.
@@ -110,27 +108,19 @@ def launch(
         )
     folder = Path(tempfile.mkdtemp(prefix="composefit-"))
     try:
-        _write_work(folder, processes, function, arguments, known)
+        # What comes back may be of classes that have been sent along: it is of the caller's own.
+        sent = Sent(definitions_only=True)
+        _write_work(folder, processes, function, arguments, sent)
         with Signals() as signals:
             watch = Watch(folder, processes, signals, timeout)
             codes = _run(folder, processes, watch)
-            outcomes = _outcomes(folder, processes)
-            if not signals.received or any(one.kind == "own" for one in outcomes.values()):
-                error = watch.error(outcomes, codes)
-                if error is not None:
-                    raise error
-        return [outcomes[rank].value for rank in range(processes)]
+            error = watch.error(codes)
+            if error is not None:
+                raise error
+        files = [value_file(folder, rank) for rank in range(processes)]
+        return [unpack(file, sent.resolve)[0] for file in files]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _outcomes(folder: Path, processes: int) -> dict[int, Outcome]:
-    found = {}
-    for rank in range(processes):
-        path = outcome_file(folder, rank)
-        if path.exists():
-            (found[rank],) = unpack(path)
-    return found
 
 
 # -- before ------------------------------------------------------------------------------------
@@ -141,7 +131,7 @@ def _write_work(
     processes: int,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
-    known: Known | None,
+    sent: Sent,
 ) -> None:
     settings = {
         "dtype": torch.get_default_dtype(),
@@ -150,9 +140,9 @@ def _write_work(
         "warnings": warnings.filters,
     }
     try:
-        pack(folder / "work", settings, function, arguments, known=known)
+        pack(folder / "work", [settings, function, arguments, sent.objects], sent.known)
     except Exception as error:
-        raise _refusal(function, arguments, known) or error from error
+        raise _refusal(function, arguments) or error from error
     start = {
         "argv": sys.argv,
         "path": [os.path.abspath(one) for one in sys.path],
@@ -179,13 +169,11 @@ def _main_script() -> dict[str, str]:
     return {"__file__": os.path.abspath(path)}
 
 
-def _refusal(
-    function: Callable[..., Any], arguments: tuple[Any, ...], known: Known | None
-) -> TypeError | None:
+def _refusal(function: Callable[..., Any], arguments: tuple[Any, ...]) -> TypeError | None:
     name = getattr(function, "__qualname__", repr(function))
-    found = culprit(function, name, known)
+    found = culprit(function, name)
     for index, argument in enumerate(arguments):
-        found = found or culprit(argument, f"argument {index}", known)
+        found = found or culprit(argument, f"argument {index}")
     if found is None:
         return None
     path, value, error = found

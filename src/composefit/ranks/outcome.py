@@ -23,7 +23,6 @@ class Outcome:
     Attributes:
         rank: whose it is.
         when: on the clock of this machine (`time.monotonic`), in seconds.
-        value: what the function has returned.
         kind: of the error: `"own"`, `"peer's"` (it failed because another rank did), `"exit"` (it
             asked to end the process), or None for none.
         error: the exception, where it can be pickled.
@@ -33,7 +32,6 @@ class Outcome:
 
     rank: int
     when: float
-    value: Any = None
     kind: str | None = None
     error: bytes | None = None
     text: str = ""

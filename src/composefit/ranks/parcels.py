@@ -11,7 +11,8 @@ import io
 import pickle
 import sys
 import types
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,12 @@ __all__ = ["culprit", "pack", "unpack"]
 Known = Callable[[Any], Any]
 
 
-def pack(path: Path, *values: Any, known: Known | None = None) -> None:
+def pack(path: Path, values: Iterable[Any], known: Known | None = None) -> None:
     """Write values to a file; what they share, they share when they are read, too.
 
     Args:
         path: the file. Whoever may write to its folder can make the reader run any code.
-        values: anything that cloudpickle takes.
+        values: anything that cloudpickle takes; each is asked for when those before are packed.
         known: asked for each object; what it gives in place of None is pickled for the object, and
             handed to `resolve` when the parcel is read.
 
@@ -41,13 +42,14 @@ def pack(path: Path, *values: Any, known: Known | None = None) -> None:
     """
     stream = io.BytesIO()
     packer = Packer(stream, known)
-    for value in values:
+    number = 0
+    for number, value in enumerate(values, 1):
         packer.dump(value)
     # Last: all that was taken along from the main module has been seen by now.
     packer.dump(packer.of_main)
     data = torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
     with open(path, "wb") as file:
-        torch.save([data, len(values), packer.storages], file)
+        torch.save([data, number, packer.storages], file)
 
 
 def unpack(path: Path, resolve: Callable[[Any], Any] | None = None) -> list[Any]:
@@ -99,6 +101,8 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc]
             name = obj.__qualname__
             if vars(sys.modules["__main__"]).get(name) is obj:
                 self.of_main[name] = obj
+        if type(obj) is weakref.ref:
+            return weakref.ref, (obj() or _Gone(),)
         return super().reducer_override(obj)
 
     def _place(self, storage: UntypedStorage) -> int:
@@ -107,6 +111,10 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc]
             empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
             self.storages.append(empty.set_(storage))  # type: ignore[call-overload]
         return place
+
+
+class _Gone:
+    """In place of what a weak reference pointed to: when it is read, nobody holds it."""
 
 
 class _Unpacker(pickle.Unpickler):

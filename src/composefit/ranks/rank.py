@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
+import pickle
 import signal
 import sys
 import time
@@ -16,10 +17,11 @@ from typing import Any, TextIO
 import torch
 
 from composefit.ranks import process
+from composefit.ranks.mirror import Mirror
 from composefit.ranks.outcome import Outcome
 from composefit.ranks.parcels import pack, unpack
 
-__all__ = ["STACK_SIGNAL", "main", "outcome_file", "pid_file", "stack_file", "warnings_file"]
+__all__ = ["STACK_SIGNAL", "main", "outcome_file", "pid_file", "stack_file", "value_file", "warnings_file"]
 
 #: On this signal a launched rank writes down where it is; None where the system has no such signal.
 STACK_SIGNAL: int | None = getattr(signal, "SIGUSR2", None)
@@ -33,6 +35,11 @@ def pid_file(folder: Path, rank: int) -> Path:
 def outcome_file(folder: Path, rank: int) -> Path:
     """Holds how a rank has ended, once its function has."""
     return folder / f"outcome-{rank}"
+
+
+def value_file(folder: Path, rank: int) -> Path:
+    """Holds what the function of a rank has returned, once its outcome is there."""
+    return folder / f"value-{rank}"
 
 
 def stack_file(folder: Path, rank: int) -> Path:
@@ -63,7 +70,7 @@ def main(folder: str, parent: int) -> None:
     with open(stack_file(place, rank), "w") as stack:
         _write_stack_when_asked(stack)
         outcome = _run(place, rank)
-        _report(place, outcome)
+        _replace(outcome_file(place, rank), pickle.dumps(outcome))
     if outcome.kind is not None:
         # Connections that are in use bring the process down with a core dump where it ends as
         # usual, and a thread that waits for another rank would keep it.
@@ -75,26 +82,21 @@ def main(folder: str, parent: int) -> None:
 
 def _run(folder: Path, rank: int) -> Outcome:
     try:
-        (settings, function, arguments) = unpack(folder / "work")
+        settings, function, arguments, sent = unpack(folder / "work")
         _take_over(settings)
         with warnings.catch_warnings():
             warnings.filters[:] = settings["warnings"]  # type: ignore[index]
             warnings.showwarning = _Teller(folder) if rank == 0 else _nothing
             value = function(*arguments)
-        return Outcome(rank, time.monotonic(), value)
+        ended = time.monotonic()
     except BaseException as error:
         return Outcome.of_error(rank, error)
-
-
-def _report(folder: Path, outcome: Outcome) -> None:
-    path = outcome_file(folder, outcome.rank)
-    beside = path.with_suffix(".tmp")
     try:
-        pack(beside, outcome)
+        pack(value_file(folder, rank), [value], Mirror(sent).number)
     except Exception as error:
-        error.add_note(f"what rank {outcome.rank} has returned cannot be sent to its launcher")
-        pack(beside, Outcome.of_error(outcome.rank, error))
-    os.replace(beside, path)
+        error.add_note(f"what rank {rank} has returned cannot be sent to its launcher")
+        return Outcome.of_error(rank, error)
+    return Outcome(rank, ended)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -140,7 +142,7 @@ class _Teller:
         self._number += 1
         with suppress(Exception):
             try:
-                pack(beside, (message, category, filename, lineno))
+                pack(beside, [(message, category, filename, lineno)])
             except Exception:  # of a class that only it knows
-                pack(beside, (str(message), UserWarning, filename, lineno))
+                pack(beside, [(str(message), UserWarning, filename, lineno)])
             os.replace(beside, path)

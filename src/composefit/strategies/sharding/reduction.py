@@ -54,7 +54,7 @@ class ShardedReducer:
         self._plans: dict[tuple[str, int], set[int]] = {}
 
     def begin(
-        self, key: str, parameters: Sequence[Tensor], gate: Callable[[], None], kept: bool = False
+        self, key: str, parameters: Sequence[Tensor], gate: Callable[[], None]
     ) -> ShardedReduction:
         """One reduction.
 
@@ -62,9 +62,8 @@ class ShardedReducer:
             key: whose gradients they are; what was reached under it the last time is the plan.
             parameters: the leaves, the same on all ranks.
             gate: returns once it is known that all ranks reduce the same.
-            kept: the gradients stay in use after the next reduction of this key.
         """
-        return ShardedReduction(self, key, list(parameters), gate, kept)
+        return ShardedReduction(self, key, list(parameters), gate)
 
     def plan(self, key: str, parameters: Sequence[Tensor]) -> set[int]:
         """The sharded parameters that are expected to be reached, by their place; at first all."""
@@ -105,7 +104,6 @@ class ShardedReduction:
         key: str,
         parameters: list[Tensor],
         gate: Callable[[], None],
-        kept: bool,
     ) -> None:
         self._reducer = reducer
         self._world = reducer.world
@@ -121,7 +119,7 @@ class ShardedReduction:
         self._whole: Reduction | None = None
         if self._others:
             rest = [parameters[i] for i in self._others]
-            self._whole = reducer.whole.begin(key, rest, gate, kept)
+            self._whole = reducer.whole.begin(key, rest, gate)
         self._planned = reducer.plan(key, parameters)
         self._buckets = self._by_unit(self._planned, _FLAGS)
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.places}
@@ -184,7 +182,7 @@ class ShardedReduction:
             self._arrive(self._sent[-_ON_THE_WAY])
         bucket.flat = self._flat(bucket, flags)
         bucket.own = bucket.flat.new_empty(bucket.flat.numel() // world.size)
-        bucket.work = dist.reduce_scatter_tensor(
+        bucket.work = dist.reduce_scatter_single(
             bucket.own, bucket.flat.view(-1), group=self._reducer.group, async_op=True
         )
         self._sent.append(bucket)
@@ -239,10 +237,13 @@ class ShardedReduction:
         while self._next < len(self._buckets):
             self._send(self._buckets[self._next], (missing, extra))
 
-    def finish(self) -> Gradients:
+    def finish(self, kept: bool = False) -> Gradients:
         """This rank's rows of the sums over all ranks; None for a parameter that none has reached.
 
         For parameters that are not sharded, the whole sums.
+
+        Args:
+            kept: they stay in use after the next reduction of this key.
         """
         sums: Gradients = [None] * len(self._parameters)
         try:
@@ -252,7 +253,7 @@ class ShardedReduction:
         finally:
             self._world.busy = False
         if self._whole is not None:
-            for i, total in zip(self._others, self._whole.finish(), strict=True):
+            for i, total in zip(self._others, self._whole.finish(kept), strict=True):
                 sums[i] = total
         return sums
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from composefit.module import LoopModule, overridden
+from composefit.module import LoopModule
 
 #: From this many parameters on, a module within a child is a unit of its own by default.
 DEFAULT_SIZE = 10_000_000
@@ -75,8 +75,9 @@ def choose_units(module: nn.Module, policy: Policy) -> Units | None:
 
     Args:
         module: the owner; never a unit itself.
-        policy: what is a unit within a child. None: what the module's own `configure_sharding`
-            says, else `DEFAULT_SIZE`.
+        policy: what is a unit within a child. None: what the module's own method
+            `configure_sharding` returns, if it has one (NotImplemented leaves it to the default),
+            else `DEFAULT_SIZE`.
 
     Returns:
         The units; None if `configure_sharding` returned None: it has sharded by itself.
@@ -91,14 +92,12 @@ def choose_units(module: nn.Module, policy: Policy) -> Units | None:
                 f"{name} is not initialised yet, and so cannot be cut: run one forward first "
                 "(in configure_model, say)"
             )
-    if (
-        policy is None
-        and isinstance(module, LoopModule)
-        and overridden(module, "configure_sharding")
-    ):
+    chosen: Any = NotImplemented
+    if policy is None and hasattr(module, "configure_sharding"):
         chosen = module.configure_sharding()
         if chosen is None:
             return None
+    if chosen is not NotImplemented:
         units = _named(module, chosen)
     else:
         tops = list(_tops(module))

@@ -1,0 +1,73 @@
+"""Stepping an optimizer of sharded parameters on this rank's rows alone.
+
+An optimizer that treats each number by itself needs no other rows. On the sharded tensors each of
+its operations would pass through DTensor's dispatch (14 ms for the Adam of 12 small parameters, in
+place of 0.3 ms), and those that take many tensors at once (`foreach`, `fused`) refuse parameters of
+which some are sharded and some are not.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from composefit.strategies.sharding.internals import of_rows
+from composefit.strategies.sharding.norms import local
+from composefit.strategies.splitting import _ELEMENTWISE as ELEMENTWISE
+from composefit.strategies.stepping import bare_step
+
+
+def step_locally(optimizer: Optimizer) -> bool:
+    """As `optimizer.step()`; False, and nothing done, where it cannot be done by rows.
+
+    It can be for torch's elementwise optimizers without hooks. The optimizer's state is the same
+    as otherwise, sharded tensors included.
+    """
+    bare = bare_step(optimizer)
+    if bare is None or type(optimizer) not in ELEMENTWISE:
+        return False
+    if optimizer.defaults.get("differentiable"):
+        return False
+    stand_in: Any = object.__new__(type(optimizer))
+    vars(stand_in).update(vars(optimizer))
+    vars(stand_in).pop("step", None)  # a scheduler's
+    stand_in.state = defaultdict(dict)
+    stand_in.param_groups = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for group in optimizer.param_groups:
+        parts: list[Tensor] = []
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            part = local(parameter).detach()
+            part.grad = local(parameter.grad)
+            parts.append(part)
+            pairs.append((parameter, part))
+            if kept := optimizer.state.get(parameter):
+                stand_in.state[part] = {
+                    key: local(value) if isinstance(value, Tensor) else value
+                    for key, value in kept.items()
+                }
+        stand_in.param_groups.append({**group, "params": parts})
+    with torch.no_grad():
+        bare(stand_in)
+    for parameter, part in pairs:
+        if found := stand_in.state.get(part):
+            _take_over(optimizer.state[parameter], found, parameter, part)
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it
+    return True
+
+
+def _take_over(kept: dict[str, Any], found: dict[str, Any], parameter: Tensor, part: Tensor) -> None:
+    """Keep the state that a step has made anew, sharded like its parameter."""
+    for key, value in found.items():
+        before = kept.get(key)
+        if isinstance(before, Tensor) and local(before) is value:
+            continue  # changed in place
+        cut = isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.dim()
+        kept[key] = of_rows(value, parameter) if cut and value.shape == part.shape else value
