@@ -166,17 +166,16 @@ def sharded(work: Supervised) -> Train:
 # -- by trainers -----------------------------------------------------------------------------------
 
 
-def composefit(work: Supervised | GAN, shard: bool = False) -> Train:
+def composefit(work: Supervised | GAN, unit: type[nn.Module] | None = None) -> Train:
+    """Sharded by modules of type `unit`, or, with None, not at all."""
     import ours
 
     from composefit import Distributed, FullySharded
 
     def train(batches: Iterable[Any]) -> Iterable[Tensor]:
-        strategy = (
-            FullySharded(policy=[nn.TransformerEncoderLayer], accelerator="cpu")
-            if shard
-            else Distributed(accelerator="cpu")
-        )
+        if unit is None:
+            return ours.train(work, batches, strategy=Distributed(accelerator="cpu"))
+        strategy = FullySharded(policy=[unit], accelerator="cpu")
         return ours.train(work, batches, strategy=strategy)
 
     return train
@@ -226,7 +225,7 @@ CONTESTANTS: dict[str, dict[str, Callable[[Any], Train]]] = {
     "transformer": {
         "fully_shard": sharded,
         CONTROL: sharded,
-        OURS: functools.partial(composefit, shard=True),
+        OURS: functools.partial(composefit, unit=nn.TransformerEncoderLayer),
     },
     # Counted only, without a log: what an update must send, and no more.
     "smallest MLP": {"DDP": ddp, OURS: composefit},

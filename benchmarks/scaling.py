@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from distributed import Job
-from models import WORKLOADS, Supervised
+from distributed import Job, composefit
+from models import Supervised, adam, mlp
 from rich.table import Table
-from timing import console, machine
+from timing import StampedBatches, console, machine
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -191,19 +193,6 @@ MODELS = {
 }
 
 
-def paper_table(cluster: Cluster, title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("model, strategy")
-    for gpus in (1, *GPUS):
-        table.add_column(f"{gpus:,}", justify="right")
-    for name, work in MODELS.items():
-        for strategy, step in STRATEGIES.items():
-            times = [step(work, gpus, cluster) for gpus in GPUS]
-            cells = [f"{t * 1e3:,.0f} ({work.alone / t:.0%})" for t in times]
-            table.add_row(f"{name}, {strategy}", f"{work.alone * 1e3:,.0f}", *cells)
-    return table
-
-
 STRATEGIES: dict[str, Callable[[Work, int, Cluster], float]] = {
     "data-parallel": data_parallel,
     "fully sharded": fully_sharded,
@@ -212,25 +201,61 @@ EXPOSED_AT = (8, 64, 1024)
 BUCKETS = (1 * MIB, 5 * MIB, 25 * MIB, 100 * MIB, math.inf)
 
 
-def bucket_table() -> Table:
-    table = Table(title="Milliseconds beyond compute, 1 B, data-parallel")
-    table.add_column("bucket")
-    for cluster in ("fast", "slow"):
-        for gpus in EXPOSED_AT:
-            table.add_column(f"{gpus:,}, {cluster}", justify="right")
+def paper_rows(cluster: Cluster) -> list[list[str]]:
+    """Milliseconds a step, and in brackets how much of it is compute; first of one GPU alone."""
+    rows = []
+    for name, work in MODELS.items():
+        for strategy, step in STRATEGIES.items():
+            times = [step(work, gpus, cluster) for gpus in GPUS]
+            cells = [f"{t * 1e3:,.0f} ({work.alone / t:.0%})" for t in times]
+            rows.append([f"{name}, {strategy}", f"{work.alone * 1e3:,.0f}", *cells])
+    return rows
+
+
+def bucket_rows() -> list[list[str]]:
+    """Milliseconds that a step of the model of 1 B takes beyond its compute."""
     work = MODELS["1 B"]
-    for bucket in BUCKETS:
-        cells = [
+    return [
+        ["all in one" if bucket == math.inf else f"{bucket / MIB:g} MiB"]
+        + [
             f"{(data_parallel(work, gpus, cluster, bucket) - work.alone) * 1e3:,.1f}"
             for cluster in (H100, SLOW)
             for gpus in EXPOSED_AT
         ]
-        name = "all in one" if bucket == math.inf else f"{bucket / MIB:g} MiB"
-        table.add_row(name, *cells)
+        for bucket in BUCKETS
+    ]
+
+
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
+def paper_table(cluster: Cluster, title: str) -> Table:
+    columns = ["model, strategy", "1", *(f"{gpus:,}" for gpus in GPUS)]
+    return table_of(title, columns, paper_rows(cluster))
+
+
+def bucket_table() -> Table:
+    columns = [f"{gpus:,}, {name}" for name in ("fast", "slow") for gpus in EXPOSED_AT]
+    title = "ms beyond compute, 1 B, data-parallel"
+    return table_of(title, ["bucket", *columns], bucket_rows())
+
+
 # -- measured --------------------------------------------------------------------------------------
+
+
+def _images(size: int, draw: torch.Generator) -> Tensor:
+    return torch.randn(size, 784, generator=draw)
+
+
+#: So many parameters that they make several buckets: 12 layers of 4 MiB.
+DEEP = Supervised(lambda: mlp(784, *[1024] * 13, 10), _images, 64, 10, adam)
+SAMPLES = 64  # of each process
 
 
 @dataclass(frozen=True)
@@ -242,10 +267,6 @@ class Point:
     measured: float
     overlapped: float
     in_turn: float
-
-
-MODEL = "large MLP"
-SAMPLES = 128  # of each process
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
@@ -272,11 +293,9 @@ def measure_control(repeats: int) -> float:
 
 def measure_alone(repeats: int) -> Work:
     """The parts of a step without communication, while all ranks do the same."""
-    work = WORKLOADS[MODEL]
-    assert isinstance(work, Supervised)
-    model = work.build()
-    optimizer = work.optimizer(model.parameters())
-    inputs, labels = work.batches(1, SAMPLES)[0]
+    model = DEEP.build()
+    optimizer = DEEP.optimizer(model.parameters())
+    inputs, labels = DEEP.batches(1, SAMPLES)[0]
     parts: tuple[list[float], ...] = ([], [], [])
     for _ in range(repeats + 2):
         dist.barrier()
@@ -292,15 +311,14 @@ def measure_alone(repeats: int) -> Work:
             times.append(ended - begun)
     size = sum(p.nbytes for p in model.parameters())
     medians = [statistics.median(times[2:]) for times in parts]
-    return Work(*medians, gradients=size, weights=size, layers=3)
+    return Work(*medians, gradients=size, weights=size, layers=13)
 
 
 def measure_step(strategy: str, steps: int) -> float:
-    import distributed
-
-    batches = WORKLOADS[MODEL].batches(4, SAMPLES * dist.get_world_size())
-    train = distributed.composefit(WORKLOADS[MODEL], shard=strategy == "fully sharded")
-    stamped = distributed.StampedBatches(batches, steps)
+    batches = DEEP.batches(4, SAMPLES * dist.get_world_size())
+    unit = nn.Linear if strategy == "fully sharded" else None
+    train = composefit(DEEP, unit)
+    stamped = StampedBatches(batches, steps)
     train(stamped)
     return stamped.seconds_per_step()
 
@@ -316,7 +334,10 @@ def fitted(times: dict[int, float], processes: int) -> Cluster:
 
 def measure(processes: int, repeats: int) -> tuple[Cluster, list[Point]]:
     with Job(processes) as job:
-        slowest = lambda function, *args: max(job.do(function, *args))  # noqa: E731
+
+        def slowest(function: Callable[..., float], *args: Any) -> float:
+            return max(job.do(function, *args))
+
         times = {size: slowest(measure_all_reduce, size, repeats) for size in (1024, 16 * MIB)}
         cluster = replace(
             fitted(times, processes),
@@ -333,15 +354,15 @@ def measure(processes: int, repeats: int) -> tuple[Cluster, list[Point]]:
 
 
 def measured_table(points: Iterable[Point]) -> Table:
-    table = Table(title=f"A step of the {MODEL}, {SAMPLES} samples each, on two cores, ms")
+    rows = [
+        [p.strategy, str(p.processes)]
+        + [f"{seconds * 1e3:,.1f}" for seconds in (p.measured, p.overlapped, p.in_turn)]
+        for p in points
+    ]
     columns = ("strategy", "processes", "measured", "model, overlapped", "model, in turn")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "strategy" else "right")
-    for point in points:
-        figures = (point.measured, point.overlapped, point.in_turn)
-        cells = [f"{figure * 1e3:,.1f}" for figure in figures]
-        table.add_row(point.strategy, str(point.processes), *cells)
-    return table
+    return table_of(
+        f"MLP of 13 layers, {SAMPLES} samples a process, two cores, ms a step", columns, rows
+    )
 
 
 # -- drawn -----------------------------------------------------------------------------------------

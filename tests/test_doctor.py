@@ -181,7 +181,7 @@ ALONE = FACTS["launcher"]
         (ALONE, [GPU], True, "one accelerator that torch can use (NVIDIA H100)"),
         (ALONE, [GPU] * 4, True, "4 GPUs, each of which gets a process"),
         (ALONE | {"name": "slurm", "rank": 5, "size": 8}, [GPU], True, "rank 5 of 8 (slurm)"),
-        (ALONE | {"name": "torchrun", "rank": 0, "size": 1}, [GPU], True, "one accelerator"),
+        (ALONE | {"name": "torchrun", "rank": 0, "size": 1}, [GPU], True, "rank 0 of 1 (torchrun)"),
     ],
 )
 def test_the_reason_for_a_strategy_names_what_decides_it(

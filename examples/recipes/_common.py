@@ -3,7 +3,7 @@
 import argparse
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ from composefit.demo.digits import real_digits
 from composefit.demo.frechet import frechet_distance
 
 Loader: TypeAlias = DataLoader[list[Tensor]]
+Better: TypeAlias = Literal["higher", "lower"]
 Where: TypeAlias = str | Strategy  # a step is carried out
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # 0, the end of a line, pads it as well
@@ -35,7 +36,7 @@ class Result(NamedTuple):
 
     metric: float
     target: float
-    better: Literal["higher", "lower"]
+    better: Better
     control: float
     name: str
 
@@ -47,7 +48,7 @@ class Result(NamedTuple):
         relation = "at least" if self.better == "higher" else "at most"
         return (
             f"{self.name} {self.metric:.4g} (target: {relation} {self.target:.4g}; "
-            f"control, where nothing was learned: {self.control:.4g})"
+            f"control: {self.control:.4g})"
         )
 
 
@@ -74,6 +75,27 @@ def trainer(strategy: Where, devices: int | str, **arguments: Any) -> Trainer:
     return Trainer(strategy=strategy, devices=devices, seed=0, **quiet | arguments)
 
 
+def fit_and_test(
+    fitter: Trainer,
+    module: LoopModule,
+    batches: Loader,
+    test: Loader,
+    name: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Result:
+    """Test what is untrained, fit, and test again: what the module logs as "metric"."""
+    (control,) = fitter.test(module, test, verbose=False)
+    fitter.fit(module, batches)
+    (learned,) = fitter.test(module, test, verbose=False)
+    measured = learned["metric"], control["metric"]
+    if at_least is not None:
+        return Result(measured[0], at_least, "higher", measured[1], name)
+    assert at_most is not None
+    return Result(measured[0], at_most, "lower", measured[1], name)
+
+
 def loader(*columns: Tensor, batch_size: int, shuffle: bool = True) -> Loader:
     """Batches of these tensors' rows."""
     return DataLoader(TensorDataset(*columns), batch_size, shuffle=shuffle)
@@ -82,12 +104,12 @@ def loader(*columns: Tensor, batch_size: int, shuffle: bool = True) -> Loader:
 # -- gradients -------------------------------------------------------------------------------------
 
 
-class Gradient(Effect[dict[str, list[Tensor]]]):
+class Gradient(Effect[dict[str, list[Tensor | None]]]):
     """Gradients of losses over all shards, without an update; the graphs stay.
 
     Args:
         losses: any name -> a loss, as in an update.
-        wrt: the parameters; each loss depends on each of them.
+        wrt: the parameters; None comes back for one that no shard has reached.
     """
 
     def __init__(self, losses: dict[str, Tensor], wrt: list[nn.Parameter]) -> None:
@@ -100,14 +122,8 @@ class Gradient(Effect[dict[str, list[Tensor]]]):
         for name, loss in self.losses.items():
             shard.take(name, loss, self.wrt, retain_graph=True)
 
-    def combine(self, barrier: Any, effects: Any) -> list[dict[str, list[Tensor]]]:
+    def combine(self, barrier: Any, effects: Any) -> list[dict[str, list[Tensor | None]]]:
         return [{name: barrier.gradients(name) for name in self.losses}] * len(effects)
-
-
-def with_gradients(gradients: Iterable[Tensor], parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A loss whose gradients with respect to these parameters are these."""
-    pairs = zip(gradients, parameters, strict=True)
-    return torch.stack([(gradient * parameter).sum() for gradient, parameter in pairs]).sum()
 
 
 # -- digits ----------------------------------------------------------------------------------------
@@ -132,7 +148,7 @@ def draw_digits(
         target: the largest distance that will do.
     """
     real = real_digits()[0].flatten(1)
-    inputs = torch.randn(1500, *noise, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(1000, *noise, generator=torch.Generator().manual_seed(0))
 
     def distance() -> float:
         made = fitter.predict(module, DataLoader(inputs, 500))  # type: ignore[arg-type]
@@ -158,6 +174,6 @@ def lines_of_code(length: int) -> tuple[Tensor, Tensor]:
     lines = [line for line in text.splitlines() if 8 <= len(line) < length and line.isascii()]
     ids = torch.zeros(len(lines), length, dtype=torch.int64)
     for row, line in zip(ids, lines, strict=True):
-        row[: len(line)] = torch.tensor([max(CHARACTERS.find(c), 1) for c in line])
+        row[: len(line)] = torch.tensor(list(line.encode())).sub(31).clamp(min=1)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
     return ids[1000:], ids[:1000]

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from _common import digits
+from _common import Loader, digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,12 +19,12 @@ def view(x: Tensor, strength: float = 1.0, part: float = 1.0, size: int = 8) -> 
     return ink - 1 + noise * torch.randn_like(ink)
 
 
-def pairs(images: Tensor, size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def pairs(images: Tensor, size: int) -> Loader:
     """Batches of two views of each image."""
 
-    def two_views(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def two_views(rows: list[Tensor]) -> list[Tensor]:
         x = torch.stack(rows)
-        return view(x), view(x)
+        return [view(x), view(x)]
 
     return DataLoader(images, size, shuffle=True, collate_fn=two_views)  # type: ignore[arg-type]
 

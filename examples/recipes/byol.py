@@ -11,11 +11,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from _common import Result, digits, run, trainer
+from _common import Loader, Result, Where, digits, run, trainer
 from _views import encoder, few_labels, follow, pairs, perceptron
 from torch import Tensor, nn
 
-from composefit import LoopModule, Strategy
+from composefit import LoopModule
 
 
 class BYOL(LoopModule):
@@ -32,7 +32,7 @@ class BYOL(LoopModule):
         learning = [*self.online.parameters(), *self.predictor.parameters()]
         return torch.optim.Adam(learning, lr=6e-3, weight_decay=1e-5)
 
-    def training_step(self, views: tuple[Tensor, Tensor]) -> Tensor:
+    def training_step(self, views: list[Tensor]) -> Tensor:
         guess = self.predictor(self.online(torch.cat(views)))
         goal = self.target(torch.cat(views[::-1]))
         return 2 * (2 - 2 * F.cosine_similarity(guess, goal, dim=1)).mean()  # both directions
@@ -44,13 +44,16 @@ class BYOL(LoopModule):
         follow(self.target, self.online, momentum=1 - (1 - self.momentum) * left)
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def build(quick: bool = False) -> tuple[BYOL, Loader]:
     torch.manual_seed(0)
-    module, ((images, _), _) = BYOL(), digits()
+    (images, _), _ = digits()
+    return BYOL(), pairs(images, 128)
+
+
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
+    module, batches = build(quick)
     untrained = few_labels(module.online[0])
-    trainer(strategy, devices, max_epochs=1 if quick else 30).fit(module, pairs(images, 128))
+    trainer(strategy, devices, max_epochs=1 if quick else 30).fit(module, batches)
     accuracy = few_labels(module.online[0])
     return Result(accuracy, 0.84, "higher", untrained, "accuracy with four labels a digit")
 

@@ -8,7 +8,7 @@ Here one set are digits, and the other are photographic negatives of other digit
 from itertools import chain
 
 import torch
-from _common import Loader, Result, Where, digits, loader, run, trainer
+from _common import Loader, Result, Where, digits, fit_and_test, loader, run, trainer
 from torch import Tensor, nn
 
 from composefit import LoopModule, Once, Step
@@ -44,7 +44,7 @@ class CycleGAN(LoopModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
         a, _ = batch
-        self.log("error", (self.a_to_b(a) + a).abs().mean())  # -a is its negative
+        self.log("metric", (self.a_to_b(a) + a).abs().mean())  # -a is its negative
 
 
 class ImagePool(nn.Module):
@@ -112,10 +112,7 @@ def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = Fa
     _, (images, labels) = digits()
     fitter = trainer(strategy, devices, max_steps=4 if quick else 500)
     test = loader(images, labels, batch_size=200, shuffle=False)
-    control, *_ = fitter.test(module, test, verbose=False)
-    fitter.fit(module, batches)
-    learned, *_ = fitter.test(module, test, verbose=False)
-    return Result(learned["error"], 0.2, "lower", control["error"], "mean error of a pixel")
+    return fit_and_test(fitter, module, batches, test, "mean error of a pixel", at_most=0.2)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from composefit import LoopModule
 from composefit.callbacks import EMA
 
-TIMES = 100
+TIMES = 50
 
 
 class Diffusion(LoopModule):
@@ -22,7 +22,7 @@ class Diffusion(LoopModule):
     def __init__(self, width: int = 256) -> None:
         super().__init__()
         self.network = Denoiser(width)
-        self.register_buffer("betas", torch.linspace(1e-3, 0.12, TIMES))
+        self.register_buffer("betas", torch.linspace(1e-3, 0.2, TIMES))
         self.register_buffer("kept", (1 - self.betas).cumprod(0))  # how much of an image is left
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -78,7 +78,7 @@ def build(quick: bool = False) -> tuple[Diffusion, Loader]:
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
-    fitter = trainer(strategy, devices, max_steps=4 if quick else 1500, callbacks=EMA(0.99))
+    fitter = trainer(strategy, devices, max_steps=4 if quick else 1200, callbacks=EMA(0.99))
     return draw_digits(fitter, module, batches, 1, 8, 8, target=4.0)
 
 

@@ -10,12 +10,12 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from _common import Result, digits, run, trainer
+from _common import Loader, Result, Where, digits, run, trainer
 from _views import encoder, few_labels, follow, perceptron, view
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from composefit import LoopModule, Once, Step, Strategy
+from composefit import LoopModule, Once, Step
 
 
 class Prototypes(nn.Module):
@@ -66,13 +66,16 @@ def crops(rows: list[Tensor]) -> list[Tensor]:
     return [view(x), view(x), *(view(x, part=0.8, size=7) for _ in range(2))]
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def build(quick: bool = False) -> tuple[DINO, Loader]:
     torch.manual_seed(0)
-    module, ((images, _), _) = DINO(), digits()
-    untrained = few_labels(module.student[0])
+    (images, _), _ = digits()
     batches = DataLoader(images, 128, shuffle=True, collate_fn=crops)  # type: ignore[arg-type]
+    return DINO(), batches
+
+
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
+    module, batches = build(quick)
+    untrained = few_labels(module.teacher[0])
     trainer(strategy, devices, max_epochs=1 if quick else 20).fit(module, batches)
     accuracy = few_labels(module.teacher[0])
     return Result(accuracy, 0.81, "higher", untrained, "accuracy with four labels a digit")

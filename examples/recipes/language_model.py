@@ -9,7 +9,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from _common import CHARACTERS, Loader, Result, Where, lines_of_code, loader, run, trainer
+from _common import (
+    CHARACTERS,
+    Loader,
+    Result,
+    Where,
+    fit_and_test,
+    lines_of_code,
+    loader,
+    run,
+    trainer,
+)
 from torch import Tensor, nn
 
 from composefit import LoopModule, Mean
@@ -35,7 +45,7 @@ class LanguageModel(LoopModule):
         return self.loss(*batch)
 
     def test_step(self, batch: list[Tensor]) -> None:
-        self.log("bits", self.loss(*batch) / math.log(2))
+        self.log("metric", self.loss(*batch) / math.log(2))
 
     def loss(self, ids: Tensor) -> Mean:
         """The mean over all characters but the first of each line, and up to its end."""
@@ -60,13 +70,11 @@ def build(quick: bool = False) -> tuple[LanguageModel, Loader]:
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
-    steps = 4 if quick else 250
+    steps = 4 if quick else 160
     fitter = trainer(strategy, devices, max_steps=steps, accumulate_grad_batches=2)
-    test = loader(lines_of_code(LENGTH)[1], batch_size=200, shuffle=False)
-    control, *_ = fitter.test(module, test, verbose=False)
-    fitter.fit(module, batches)
-    learned, *_ = fitter.test(module, test, verbose=False)
-    return Result(learned["bits"], 3.0, "lower", control["bits"], "bits a character")
+    _, lines = lines_of_code(LENGTH)
+    test = loader(lines[: 100 if quick else 1000], batch_size=200, shuffle=False)
+    return fit_and_test(fitter, module, batches, test, "bits a character", at_most=3.0)
 
 
 if __name__ == "__main__":

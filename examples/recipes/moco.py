@@ -10,11 +10,11 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from _common import Result, digits, run, trainer
+from _common import Loader, Result, Where, digits, run, trainer
 from _views import encoder, few_labels, follow, pairs, perceptron
 from torch import Tensor, nn
 
-from composefit import LoopModule, Once, Step, Strategy
+from composefit import LoopModule, Once, Step
 
 
 class MoCo(LoopModule):
@@ -31,7 +31,7 @@ class MoCo(LoopModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.queries.parameters(), lr=3e-3, weight_decay=1e-5)
 
-    def training_step(self, views: tuple[Tensor, Tensor]) -> Step:
+    def training_step(self, views: list[Tensor]) -> Step:
         query = F.normalize(self.queries(views[0]), dim=1)
         key = F.normalize(self.keys(views[1]), dim=1)
         positive = (query * key).sum(1, keepdim=True)
@@ -46,13 +46,16 @@ class MoCo(LoopModule):
         follow(self.keys, self.queries, momentum=0.99)
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def build(quick: bool = False) -> tuple[MoCo, Loader]:
     torch.manual_seed(0)
-    module, ((images, _), _) = MoCo(), digits()
+    (images, _), _ = digits()
+    return MoCo(), pairs(images, 128)
+
+
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
+    module, batches = build(quick)
     untrained = few_labels(module.queries[0])
-    trainer(strategy, devices, max_epochs=1 if quick else 30).fit(module, pairs(images, 128))
+    trainer(strategy, devices, max_epochs=1 if quick else 30).fit(module, batches)
     accuracy = few_labels(module.queries[0])
     return Result(accuracy, 0.84, "higher", untrained, "accuracy with four labels a digit")
 

@@ -71,7 +71,7 @@ def solution(points: Tensor) -> Tensor:
     return -((math.pi * y).sin() * heat).sum(1, keepdim=True) / heat.sum(1, keepdim=True)
 
 
-def build(quick: bool = False, count: int = 1000) -> tuple[PINN, Loader]:
+def build(quick: bool = False, count: int = 600) -> tuple[PINN, Loader]:
     torch.manual_seed(0)
     inside = torch.rand(count, 2) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])
     edge = inside[torch.randperm(count)]
@@ -92,11 +92,9 @@ def error(module: PINN) -> float:
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
     untrained = error(module)
-    fitter = trainer(strategy, devices, max_epochs=2 if quick else 500)
+    fitter = trainer(strategy, devices, max_epochs=2 if quick else 300)
     fitter.fit(module, batches)
-    adam = error(module)
-    print(adam)
-    refine(module, next(iter(batches)), fitter.strategy, steps=2 if quick else 500)
+    refine(module, next(iter(batches)), fitter.strategy, steps=2 if quick else 600)
     return Result(error(module), 0.02, "lower", untrained, "relative error")
 
 

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from _common import Result, run, trainer
+from _common import Result, Where, run, trainer
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from composefit import Gather, LoopModule, Mean, Step, Strategy
+from composefit import Gather, LoopModule, Mean, Step
 
 
 class CartPoles:
     """Carts with a pole (Barto, Sutton, Anderson, 1983): an episode earns 1 a step, 200 at most."""
 
     def __init__(self, carts: int) -> None:
-        self.state, self.age = torch.zeros(carts, 4), torch.zeros(carts)  # at rest, upright
+        self.state, self.age = torch.zeros(carts, 4), torch.zeros(carts)
 
     def step(self, right: Tensor) -> Tensor:
         """Push each cart for 0.02 s, and tell whose episode is over."""
@@ -38,11 +38,9 @@ class CartPoles:
 
 
 class Played(NamedTuple):
-    """Of each moment, (n, ...): what was seen and done, how likely that was, how good it was."""
-
-    state: Tensor
+    state: Tensor  # (n, 4), of each moment; the others (n,)
     action: Tensor
-    likelihood: Tensor  # its logarithm
+    likelihood: Tensor  # of the action, its logarithm
     advantage: Tensor
     earned: Tensor
 
@@ -118,13 +116,16 @@ def mean_return(policy: PPO, carts: int = 256) -> float:
     return total / carts
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def build(quick: bool = False) -> tuple[PPO, Iterator[Played]]:
     torch.manual_seed(0)
     module = PPO()
+    return module, rollouts(module, 3 if quick else 100)
+
+
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
+    module, batches = build(quick)
     untrained = mean_return(module)
-    trainer(strategy, devices, max_epochs=1).fit(module, rollouts(module, 3 if quick else 100))
+    trainer(strategy, devices, max_epochs=1).fit(module, batches)
     return Result(mean_return(module), 150, "higher", untrained, "mean return")
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from _common import Result, run, trainer
+from _common import Result, Where, run, trainer
 from _views import follow
 from torch import Tensor, nn
 
-from composefit import LoopModule, Step, Strategy
+from composefit import LoopModule, Step
 
 Moments = tuple[Tensor, ...]  # state, action, reward, the state that follows
 
@@ -123,13 +123,16 @@ def mean_return(module: SAC, pendulums: int = 256) -> float:
     return total
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def build(quick: bool = False) -> tuple[SAC, Iterator[Moments]]:
     torch.manual_seed(0)
     module = SAC()
+    return module, replay(module, 30 if quick else 1400)
+
+
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
+    module, batches = build(quick)
     untrained = mean_return(module)
-    trainer(strategy, devices, max_epochs=1).fit(module, replay(module, 30 if quick else 1400))
+    trainer(strategy, devices, max_epochs=1).fit(module, batches)
     return Result(mean_return(module), -500, "higher", untrained, "mean return")
 
 

@@ -9,11 +9,11 @@ however that is cut.
 
 import torch
 import torch.nn.functional as F
-from _common import Result, digits, run, trainer
+from _common import Loader, Result, Where, digits, run, trainer
 from _views import encoder, few_labels, pairs
 from torch import Tensor, nn
 
-from composefit import Gather, LoopModule, Step, Strategy
+from composefit import Gather, LoopModule, Step
 
 
 class SimCLR(LoopModule):
@@ -28,7 +28,7 @@ class SimCLR(LoopModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
-    def training_step(self, views: tuple[Tensor, Tensor]) -> Step:
+    def training_step(self, views: list[Tensor]) -> Step:
         a, b = F.normalize(self.projector(self.encoder(torch.cat(views))), dim=1).chunk(2)
         (all_a, all_b), offset = yield from Gather((a, b))
         loss = self.nt_xent(a, all_b, all_a, offset) + self.nt_xent(b, all_a, all_b, offset)
@@ -44,13 +44,16 @@ class SimCLR(LoopModule):
         return scores.logsumexp(1) - scores.diagonal(offset)
 
 
-def main(
-    strategy: str | Strategy = "auto", devices: int | str = "auto", quick: bool = False
-) -> Result:
+def build(quick: bool = False) -> tuple[SimCLR, Loader]:
     torch.manual_seed(0)
-    module, ((images, _), _) = SimCLR(), digits()
+    (images, _), _ = digits()
+    return SimCLR(), pairs(images, 128)
+
+
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
+    module, batches = build(quick)
     untrained = few_labels(module.encoder)
-    trainer(strategy, devices, max_epochs=1 if quick else 20).fit(module, pairs(images, 128))
+    trainer(strategy, devices, max_epochs=1 if quick else 20).fit(module, batches)
     accuracy = few_labels(module.encoder)
     return Result(accuracy, 0.86, "higher", untrained, "accuracy with four labels a digit")
 

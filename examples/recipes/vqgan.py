@@ -8,7 +8,18 @@ github.com/CompVis/taming-transformers. Without the perceptual loss, which needs
 
 import torch
 import torch.nn.functional as F
-from _common import Gradient, Loader, Result, Where, digits, loader, norm, run, trainer
+from _common import (
+    Gradient,
+    Loader,
+    Result,
+    Where,
+    digits,
+    fit_and_test,
+    loader,
+    norm,
+    run,
+    trainer,
+)
 from torch import Tensor, nn
 
 from composefit import LoopModule, Once, Step
@@ -40,7 +51,7 @@ class VQGAN(LoopModule):
         if judged:
             fooled = -self.critic(copies).mean()
             losses = {"difference": difference, "fooled": fooled}
-            slopes = yield from Gradient(losses, wrt=[self.decoder[-1].weight])
+            slopes = yield Gradient(losses, wrt=[self.decoder[-1].weight])
             balance = slopes["difference"][0].norm() / (slopes["fooled"][0].norm() + 1e-4)
             loss = difference + 0.8 * balance.clamp(0, 1e4) * fooled
         yield {"coder": loss + 0.25 * (z - codes).square().mean()}
@@ -52,7 +63,7 @@ class VQGAN(LoopModule):
     def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
         images, _ = batch
         codes, _ = self.book(self.encoder(images))
-        self.log("error", (self.decoder(codes) - images).abs().mean())
+        self.log("metric", (self.decoder(codes) - images).abs().mean())
 
 
 class Codebook(nn.Module):
@@ -108,10 +119,7 @@ def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = Fa
     _, (images, labels) = digits()
     fitter = trainer(strategy, devices, max_steps=4 if quick else 350)
     test = loader(images, labels, batch_size=200, shuffle=False)
-    control, *_ = fitter.test(module, test, verbose=False)
-    fitter.fit(module, batches)
-    learned, *_ = fitter.test(module, test, verbose=False)
-    return Result(learned["error"], 0.2, "lower", control["error"], "mean error of a pixel")
+    return fit_and_test(fitter, module, batches, test, "mean error of a pixel", at_most=0.2)
 
 
 if __name__ == "__main__":

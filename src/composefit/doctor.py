@@ -258,7 +258,7 @@ def because(launcher: dict[str, Any], devices: list[dict[str, Any]], cuda: bool)
         devices: the accelerators, likewise.
         cuda: whether they are of CUDA.
     """
-    if launcher["size"] is not None and launcher["size"] > 1:
+    if launcher["size"] is not None:
         return f"this process is rank {launcher['rank']} of {launcher['size']} ({launcher['name']})"
     if len(devices) > 1 and cuda:
         return f"there are {len(devices)} GPUs, each of which gets a process"

@@ -108,9 +108,12 @@ def take(
 def write(trainer: Trainer, path: str | Path, state: dict[str, Any]) -> None:
     """Write a state to a file: rank 0 does, and the others wait until it is there.
 
+    All ranks call it. What is sharded over them is made whole first, on rank 0.
+
     Raises:
         TypeError, OSError: it could not be written; on every rank.
     """
+    state = trainer.strategy.full_state(state)
     _on_first(trainer.world, f"the checkpoint {path}", lambda: checkpoint.save(path, state))
 
 
@@ -197,7 +200,7 @@ def _as_plain(error: Exception) -> Exception:
 
 
 def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
-    """A checkpoint, read and verified; all ranks call it, and each reads the file that rank 0 means.
+    """A checkpoint, read and verified; all ranks call it, and read the file that rank 0 means.
 
     Args:
         trainer: whose checkpoint callbacks know what `"best"`, `"last"` and `"auto"` are.
@@ -353,10 +356,11 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         for name, of_ranks in state.get("loaders_of_ranks", {}).items():
             if name in loaders:
                 loaders[name].load_rank_states(of_ranks)
-    module.load_state_dict(state["state_dict"], strict=False)
+    strategy = trainer.strategy
+    module.load_state_dict(strategy.load_weights(module, state["state_dict"]), strict=False)
     for name, one in training.optimizers.items():
         kept = {key: value for key, value in state["optimizers"][name].items() if key != "class"}
-        one.optimizer.load_state_dict(kept)
+        one.optimizer.load_state_dict(strategy.load_optimizer(one.optimizer, kept))
         if state["updates"][name]:  # torch warns of schedulers that step before their optimizer
             one.optimizer._opt_called = True  # type: ignore[attr-defined]
         for schedule, scheduler in zip(one.schedulers, state["schedulers"][name], strict=True):

@@ -876,7 +876,8 @@ class Trainer:
                 found = loop.run(self, module)
             finally:
                 loop.close()
-        if verbose and self.is_global_zero and any(isinstance(one, ProgressBar) for one in self.callbacks):
+        bar = any(isinstance(one, ProgressBar) for one in self.callbacks)
+        if verbose and bar and self.is_global_zero:
             print_results(stage, found)
         return found
 

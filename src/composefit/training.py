@@ -57,7 +57,7 @@ class Training:
             module,
             self.optimizers,
             trainer.precision,
-            trainer.strategy.device,
+            trainer.strategy,
             self._own_step if own_step else trainer.strategy.optimizer_step,
             self,
             trainer.on_nonfinite,
@@ -196,7 +196,7 @@ class Training:
             self._normed[name] = step
             parameters = (p for group in optimizer.param_groups for p in group["params"])
             found = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
-            self.norms[name] = torch.nn.utils.get_total_norm(found)
+            self.norms[name] = self.trainer.strategy.norm(found)
 
     def before_zero_grad(self, optimizer: Optimizer) -> None:
         """Hooks while `.grad` is still there."""

@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from composefit.data import Batches
-from tests.data.grid import KINDS, Counting, batches_of, loader, reloaded, same, scramble, train
+from tests.data.grid import (
+    KINDS,
+    Augmented,
+    Counting,
+    batches_of,
+    loader,
+    reloaded,
+    same,
+    scramble,
+    train,
+)
 from tests.data.test_ranks import MAPS, STREAMS
 from tests.data.world import close, resumed, steps, whole, world
 
@@ -124,6 +135,24 @@ def test_one_batch_ahead_is_not_lost(number: int) -> None:
     assert same([whole(steps(again)[number - 1])], [whole(given)])
 
 
+def test_torchdata_loads_some_batches_again_and_their_sizes_are_known() -> None:
+    def make() -> Any:
+        options = {"snapshot_every_n_steps": 4}
+        return loader(Augmented(), 2, StatefulDataLoader, batch_sampler=RAGGED, **options)
+
+    for number in (3, 5):
+        ranks = world(make, 2)
+        given = steps(ranks, 0, number)
+        state = reloaded(ranks[0].state_dict())
+        close(ranks)
+        again = resumed(make, 2, state)
+        given += steps(again, 0)
+        close(again)
+        assert [whole(one)[:, 0].tolist() for one in given] == RAGGED
+
+
+RAGGED = [[*range(n, 2 * n)] for n in (1, 5, 2, 7, 3, 1, 4)]
+
 # -- what belongs to a rank ---------------------------------------------------------------------
 
 
@@ -132,17 +161,17 @@ def counting() -> Any:
 
 
 def test_a_dataset_with_a_state_has_one_on_each_rank() -> None:
-    ranks = world(counting, 2)
+    ranks = world(counting, 3)
     steps(ranks, 0, 3)
     state = reloaded(ranks[0].state_dict())
     assert alike(state, reloaded(ranks[1].state_dict()))
     states = [one.rank_state() for one in ranks]
-    never_stopped = world(counting, 2)
+    never_stopped = world(counting, 3)
     steps(never_stopped, 0)
-    expected = [given[i].batch for given in steps(never_stopped, 1) for i in range(2)]
-    again = resumed(counting, 2, state, states)
+    expected = [given[i].batch for given in steps(never_stopped, 1) for i in range(3)]
+    again = resumed(counting, 3, state, states)
     steps(again, 0)
-    assert same([given[i].batch for given in steps(again, 1) for i in range(2)], expected)
+    assert same([given[i].batch for given in steps(again, 1) for i in range(3)], expected)
 
 
 def saved_by(size: int) -> tuple[Callable[[], Any], dict[str, Any], list[Any]]:

@@ -801,7 +801,7 @@ def averages_of_sharded_and_whole_parameters() -> dict[str, Any]:
             said[name] = f"{type(error).__name__}: {str(error)[:200]}"
             continue
         got = [strategy.full_state([a])[0] for a in own]
-        said[name] = max((a - b).abs().max().item() for a, b in zip(got, wanted, strict=True) if a.numel())
+        said[name] = max((a - b).abs().max().item() for a, b in zip(got, wanted, strict=True) if a.numel()) if dist.get_rank() == 0 else 0.0
     try:
         AveragedModel(module.encoder)
     except Exception as error:

@@ -93,4 +93,3 @@ def _without_weights() -> float:
 def test_ranks_that_weigh_the_same_miss_the_bound(two_ranks: RankPool) -> None:
     outcomes = two_ranks.outcomes(_without_weights)
     assert all("differs from the reference" in repr(one) for one in outcomes)
-

@@ -27,7 +27,6 @@ class Indices:
         by_worker: and which one gets which depends on timing.
         seeding: something may draw while a batch is loaded.
         persistent: the workers stay from epoch to epoch.
-        streams: an index says how many samples, not which.
         share: give this rank's part of each index only. What ranks draw while they load theirs has
             nothing in common. None: all of it.
         workers_alike: the workers of all ranks start with the same seed, which their loader saves.
@@ -48,7 +47,6 @@ class Indices:
         by_worker: bool,
         seeding: bool,
         persistent: bool,
-        streams: bool,
         share: Share | None,
         workers_alike: bool,
     ) -> None:
@@ -58,7 +56,6 @@ class Indices:
         self.by_worker = by_worker
         self.seeding = seeding
         self.persistent = persistent
-        self.streams = streams
         self.share = share
         # Rank 0 draws what one process alone would.
         self.own = () if share is None or share.rank == 0 else (share.rank,)
@@ -85,7 +82,7 @@ class Indices:
         )
         self.skip, self.number, self.expected = skip, number, expected
         self.error: Exception | None = None
-        self.ahead: deque[tuple[int, Any, Any]] = deque(maxlen=0 if self.streams else None)
+        self.ahead: deque[tuple[int, Any, Any]] = deque()
         self.last: tuple[Any, Any] | None = None
 
     def taken(self, number: int) -> None:

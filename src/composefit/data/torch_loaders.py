@@ -78,7 +78,6 @@ class TorchLoader:
             by_worker=self.wraps and self.streams and self.workers > 0,
             seeding=self.workers > 0 or not quiet,
             persistent=self.persistent,
-            streams=self.streams,
             share=None if self.streams else self.share,
             workers_alike=has_state(loader),
         )

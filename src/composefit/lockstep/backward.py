@@ -17,10 +17,11 @@ from torch.nn import Parameter
 
 from composefit.effects import Share, reduced_loss, shares
 from composefit.lockstep import gradients
+from composefit.lockstep.contract import Lanes
 from composefit.lockstep.crossings import Crossing, Roots, pull_back
 from composefit.lockstep.gradients import Gradients
 from composefit.losses import SUMMED, Loss, Term, as_loss
-from composefit.ranks.reduction import Reduction
+from composefit.ranks.reduction import Sending
 
 if TYPE_CHECKING:
     from composefit.lockstep.ranked import Ranks
@@ -31,6 +32,7 @@ class Place(Protocol):
 
     index: int
     lane: int
+    spare: bool
 
     @property
     def samples(self) -> int:
@@ -39,36 +41,32 @@ class Place(Protocol):
 
 _ALONE = [1]
 
-AddUp = Callable[[Sequence[Gradients], Sequence[Parameter]], Gradients]
-
 
 class Backward:
     """The gradients of one step.
 
     Args:
-        lanes: how many lanes there are.
-        add_up: adds the lanes' gradients, the strategy's.
+        places: the strategy.
         scale_of: the loss scale of a key, or None.
     """
 
     def __init__(
         self,
-        lanes: int,
-        add_up: AddUp,
+        places: Lanes,
         scale_of: Callable[[str], Tensor | None],
     ) -> None:
-        self.add_up = add_up
+        self.places = places
         self.scale_of = scale_of
-        self.sums: list[dict[tuple[str, int], Gradients]] = [{} for _ in range(lanes)]
+        self.sums: list[dict[tuple[str, int], Gradients]] = [{} for _ in range(places.lanes)]
         self.parameters: dict[str, list[Parameter]] = {}
         self.weights: dict[str, list[list[Any]]] = {}
-        self.waiting: dict[str, list[tuple[Loss, bool]]] = {}
+        self.waiting: dict[str, dict[Place, tuple[Loss, bool]]] = {}
         self.crossings: list[Crossing] = []
         self.samples: list[int] = [1]
         self.total_samples = 1
         self.ranks: Ranks | None = None
         self.lone = True  # no other shard is on this rank
-        self._reductions: dict[str, Reduction] = {}
+        self._reductions: dict[str, Sending] = {}
         self._constants: dict[Any, Tensor] = {}
 
     def begin(self, samples: list[int]) -> None:
@@ -103,21 +101,25 @@ class Backward:
     ) -> None:
         """Take a shard's gradients now, or note that they are to be taken at the barrier."""
         self.parameters[key] = parameters
+        leaves = self.places.leaves(parameters)
         if self.crossings:
-            found = self.waiting.setdefault(key, [(Loss(()), False)] * len(self.samples))
-            found[shard.index] = (as_loss(loss, "the loss"), retain_graph)
+            found = self.waiting.setdefault(key, {})
+            found[shard] = (as_loss(loss, "the loss"), retain_graph)
             return
-        if self.ranks is not None and (self.lone or self.ranks.spare):
-            self._take_and_send(self.ranks, shard, key, loss, parameters, retain_graph)
+        if self.ranks is not None and self.lone:
+            self._take_and_send(self.ranks, shard, key, loss, leaves, retain_graph)
+            return
+        if shard.spare:
+            self._walk_in_vain(as_loss(loss, "the loss"), leaves, retain_graph)
             return
         if isinstance(loss, Tensor):
             cotangent = self._cotangent(loss, self._by_samples(shard), key)
-            self._add(shard.lane, key, 0, [loss], [cotangent], parameters, retain_graph)
+            self._add(shard.lane, key, 0, [loss], [cotangent], leaves, retain_graph)
             return
         parts = self._parts(shard, key, loss)
         for i, (number, root) in enumerate(parts):
             retain = retain_graph or i < len(parts) - 1
-            self._add(shard.lane, key, number, root.outputs, root.cotangents, parameters, retain)
+            self._add(shard.lane, key, number, root.outputs, root.cotangents, leaves, retain)
 
     def _take_and_send(
         self,
@@ -125,14 +127,15 @@ class Backward:
         shard: Place,
         key: str,
         loss: Loss | Tensor,
-        parameters: list[Parameter],
+        leaves: list[Parameter],
         retain_graph: bool,
     ) -> None:
         """A rank's only shard: gradients go to the other ranks as they come."""
-        reduction = ranks.reducer.begin(key, parameters, ranks.settle)
+        reduction = ranks.reducer.begin(key, leaves, ranks.settle)
         self._reductions[key] = reduction
-        if ranks.spare:
+        if shard.spare:
             ranks.settle()
+            self._walk_in_vain(as_loss(loss, "the loss"), leaves, retain_graph)
             reduction.hand_over((), spare=True)
             return
         terms = as_loss(loss, "the loss").terms
@@ -146,10 +149,24 @@ class Backward:
             root.outputs.append(term.total)
             root.cotangents.append(self._cotangent(term.total, share, key))
         with reduction:
-            found = gradients.differentiate(
-                root.outputs, root.cotangents, parameters, retain_graph
-            )
+            found = gradients.differentiate(root.outputs, root.cotangents, leaves, retain_graph)
         reduction.hand_over(found)
+
+    def _walk_in_vain(self, loss: Loss, leaves: list[Parameter], retain_graph: bool) -> None:
+        """The backward of a shard that has no samples, where all ranks must go through it."""
+        if not self.places.together:
+            return
+        separate = [t for t in loss.terms if t.weight is not None and t.weight is not SUMMED]
+        known = [t for t in loss.terms if all(t is not one for one in separate)]
+        walks = [known] if self.lone or not separate else [known, *([t] for t in separate)]
+        if self.lone:
+            walks = [list(loss.terms)]
+        walks = [terms for terms in walks if terms]
+        for i, terms in enumerate(walks):
+            outputs = [term.total for term in terms]
+            retain = retain_graph or i < len(walks) - 1
+            zeros = [torch.zeros_like(output) for output in outputs]
+            gradients.differentiate(outputs, zeros, leaves, retain)
 
     def _parts(self, shard: Place, key: str, loss: Loss) -> list[tuple[int, Roots]]:
         """The roots of a shard's backwards: number 0 for all terms of known denominators."""
@@ -225,53 +242,55 @@ class Backward:
     # -- at the barrier, in the calling thread -------------------------------------------------
 
     def take_waiting(
-        self, key: str, places: Sequence[Place], each: Callable[[Callable[[int], None]], None]
+        self, key: str, places: Sequence[Place], each: Callable[[Callable[[Any], None]], None]
     ) -> None:
         """Take the gradients that had to wait for all shards."""
         waiting = self.waiting.pop(key, None)
         if waiting is None:
             return
-        parameters = self.parameters[key]
+        leaves = self.places.leaves(self.parameters[key])
         if self.ranks is None:
-            columns = [loss.terms for loss, _ in waiting]
+            columns = [waiting[place][0].terms for place in places]
         else:
             columns = [as_loss(loss, "the loss").terms for loss in self.ranks.column(key)]
         fractions = self._fractions(columns)
-        roots = {
-            place.index: Roots(
-                [term.total for term in waiting[place.index][0].terms],
-                [
-                    self._cotangent(term.total, share[place.index], key)
-                    for term, share in zip(waiting[place.index][0].terms, fractions, strict=True)
-                ],
-            )
-            for place in places
-        }
-        pull_back(self.crossings, roots, each, self.ranks)
-        if self.ranks is not None and self.ranks.spare:
-            return
-        lane_of = {place.index: place.lane for place in places}
+        roots: dict[Place, Roots] = {}
+        for place in places:
+            terms = waiting[place][0].terms
+            root = roots[place] = Roots([term.total for term in terms])
+            for term, share in zip(terms, fractions, strict=True):
+                own = (0.0, 1.0) if place.spare else share[place.index]
+                root.cotangents.append(self._cotangent(term.total, own, key))
+        pull_back(self.crossings, roots, each, self.ranks, self.places.together)
 
-        def to_parameters(i: int) -> None:
-            root, retain = roots[i], waiting[i][1]
-            self._add(lane_of[i], key, 0, root.outputs, root.cotangents, parameters, retain)
+        def to_parameters(place: Place) -> None:
+            root, retain = roots[place], waiting[place][1]
+            if place.spare:
+                if self.places.together:
+                    gradients.differentiate(root.outputs, root.cotangents, leaves, retain)
+                return
+            self._add(place.lane, key, 0, root.outputs, root.cotangents, leaves, retain)
 
         each(to_parameters)
+
+    # -- over all shards -----------------------------------------------------------------------
 
     def total(self, key: str, kept: bool = False) -> tuple[list[Parameter], Gradients]:
         """The parameters and their gradients, over all shards; still times the loss scale.
 
         Args:
+            key: what they were taken under.
             kept: they stay in use after the update.
         """
         parameters = self.parameters.pop(key)
         reduction = self._reductions.pop(key, None)
         if reduction is not None:
             return parameters, reduction.finish(kept)
-        total = self._local_total(key, parameters)
+        leaves = self.places.leaves(parameters)
+        total = self._local_total(key, leaves)
         if self.ranks is None:
             return parameters, total
-        reduction = self.ranks.reducer.begin(key, parameters, self.ranks.settle)
+        reduction = self.ranks.reducer.begin(key, leaves, self.ranks.settle)
         reduction.hand_over(total, self.ranks.spare)
         return parameters, reduction.finish(kept)
 
@@ -308,7 +327,7 @@ class Backward:
         lanes = [sums.pop((key, part)) for sums in self.sums if (key, part) in sums]
         if len(lanes) == 1:
             return lanes[0]
-        return self.add_up(lanes, parameters) if lanes else []
+        return self.places.add_up(lanes, parameters) if lanes else []
 
     def reduce(self, losses: Sequence[Loss | Tensor]) -> Tensor:
         """The loss over all shards, detached."""

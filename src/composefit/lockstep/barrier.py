@@ -43,7 +43,12 @@ class StepBarrier:
 
     def cross(self, sources: list[list[Tensor]], leaves: list[list[Tensor]], pull: Pull) -> None:
         """Let gradients flow from all shards' leaves to every shard's sources."""
-        self.lock.backward.crossings.append(Crossing(sources, leaves, pull))
+        of_spare = {
+            shard: [v for v in shard.effect.values() if isinstance(v, Tensor) and v.requires_grad]
+            for shard in self.lock.shards
+            if shard.spare and shard.effect is not None
+        }
+        self.lock.backward.crossings.append(Crossing(sources, leaves, pull, of_spare))
 
     def reduce(self, losses: Sequence[Loss | Tensor]) -> Tensor:
         """One loss of each shard, reduced, detached."""
@@ -78,7 +83,7 @@ class StepBarrier:
         lock = self.lock
         replicas = lock.replicas()
         if lock.ranks is not None:
-            functions = [functions[place] for place in lock.ranks.own]
+            functions = [functions[shard.index] for shard in lock.shards]
         if replicas:
             functions = [
                 replica.owner_of(function)
@@ -116,20 +121,20 @@ class StepBarrier:
             self.once.training = lock.body.training
             self._once_stream.seed(hash_key(lock.seed, ONCE, lock.number))
             first = lock.shards[0]
-            if lock.ranks is None or (first.index == 0 and not lock.ranks.spare):
+            if first.index == 0 and not first.spare:
                 self.once.logs = first.context.logs  # it counts once: for the first shard
         return self.once
 
     def _total(self, key: str, kept: bool = False) -> tuple[list[Parameter], Gradients]:
         backward = self.lock.backward
         if backward.waiting:
-            backward.take_waiting(key, self.lock.shards, partial(self._each_index, key))
+            backward.take_waiting(key, self.lock.shards, partial(self._each_shard, key))
         return backward.total(key, kept)
 
-    def _each_index(self, key: str, function: Callable[[int], None]) -> None:
+    def _each_shard(self, key: str, function: Callable[[Shard], None]) -> None:
         def visit(shard: Shard) -> None:
             try:
-                function(shard.index)
+                function(shard)
             except RuntimeError as error:
                 explained = guards.explain(error, key, self.lock.history)
                 if explained is not error:

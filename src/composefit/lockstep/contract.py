@@ -9,11 +9,13 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from composefit.lockstep.gradients import Gradients
 from composefit.ranks import World
+from composefit.ranks.reduction import Reducer
 from composefit.steps import offered
 
 
@@ -37,14 +39,41 @@ class Lanes(Protocol):
         """The ranks of the job; None where this process is all."""
 
     @property
-    def shares_modules(self) -> bool:
-        """Whether modules can have replicas; a lone shard can do without."""
+    def together(self) -> bool:
+        """Whether every rank must run as many shards as the others, forward and backward."""
 
     def session(self) -> AbstractContextManager[object]:
         """Open while steps are run; may be open several times at once."""
 
     def run(self, tasks: Sequence[Callable[[], None]]) -> None:
         """Run task i in lane i; returns when all have ended. Tasks raise nothing."""
+
+    def leaves(self, parameters: list[Parameter]) -> list[Parameter]:
+        """What stands for these parameters in a graph, to differentiate with respect to."""
+
+    def reducer(self) -> Reducer:
+        """What adds up gradients over the ranks, where there are several."""
+
+    def local(self, gradients: list[Tensor]) -> list[Tensor]:
+        """This rank's part of total gradients, in the same memory."""
+
+    def agree_found_(self, found: Tensor) -> None:
+        """Make a number that is not zero where a gradient is not finite so on every rank."""
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of total gradients together, 0-dim."""
+
+    def clip(self, parameters: list[Parameter], limit: float, algorithm: str | None) -> None:
+        """Clip `.grad` of these parameters together."""
+
+    def optimizer_step(self, optimizer: Optimizer) -> None:
+        """Step an optimizer whose parameters have their total gradients."""
+
+    def stepped(self, parameters: list[Parameter]) -> None:
+        """These parameters have changed."""
+
+    def end_step(self, module: nn.Module) -> None:
+        """A step is over, also after an error."""
 
     def add_up(self, lanes: Sequence[Gradients], parameters: Sequence[Parameter]) -> Gradients:
         """The sum of the lanes' gradients, in their order; may use up the first."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from composefit.effects import Pull
@@ -23,11 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Crossing:
-    """One exchange: per shard the sources in its graph and the leaves it got."""
+    """One exchange: per shard the sources in its graph and the leaves it got.
+
+    A shard without samples is not among them: `of_spare` holds what it would have handed over.
+    """
 
     sources: list[list[Tensor]]
     leaves: list[list[Tensor]]
     pull: Pull
+    of_spare: dict[Any, list[Tensor]]
 
 
 @dataclass
@@ -40,47 +45,59 @@ class Roots:
 
 def pull_back(
     crossings: Sequence[Crossing],
-    roots: Mapping[int, Roots],
-    each: Callable[[Callable[[int], None]], None],
+    roots: Mapping[Any, Roots],
+    each: Callable[[Callable[[Any], None]], None],
     ranks: Ranks | None = None,
+    together: bool = False,
 ) -> None:
     """Extend each shard's roots by what reaches its sources from all shards' losses.
 
     Args:
         crossings: the step's exchanges in their order.
-        roots: for the index of each shard that is here, its loss with its share as the cotangent;
-            extended in place.
-        each: runs a function for every such index, in the shard's worker.
+        roots: for each shard that is here, its loss with its share as the cotangent; extended in
+            place.
+        each: runs a function for every such shard, in its worker.
         ranks: adds up over other ranks' shards, where there are any.
+        together: also a shard without samples goes through its graph.
     """
-    spare = ranks is not None and ranks.spare
+    walking = [shard for shard in roots if together or not shard.spare]
+    counted = [shard for shard in roots if not shard.spare]
     for crossing in reversed(crossings):
-        found: dict[int, tuple[Tensor | None, ...]] = {}
+        found: dict[Any, tuple[Tensor | None, ...]] = {}
 
-        def to_leaves(i: int, crossing: Crossing = crossing) -> None:
-            wanted = [leaf for leaf in crossing.leaves[i] if leaf.requires_grad]
-            taken = iter(
-                gradients.differentiate(roots[i].outputs, roots[i].cotangents, wanted, True)
-            )
-            found[i] = tuple(  # noqa: B023 (called before the next turn of the loop)
-                next(taken) if leaf.requires_grad else None for leaf in crossing.leaves[i]
+        def to_leaves(shard: Any, crossing: Crossing = crossing) -> None:
+            if shard not in walking:
+                return
+            leaves = crossing.leaves[shard.index]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            root = roots[shard]
+            taken = iter(gradients.differentiate(root.outputs, root.cotangents, wanted, True))
+            found[shard] = tuple(  # noqa: B023 (called before the next turn of the loop)
+                next(taken) if leaf.requires_grad else None for leaf in leaves
             )
 
-        like = crossing.leaves[next(iter(roots))]
+        each(to_leaves)
+        like = crossing.leaves[next(iter(roots)).index]
         totals: list[Tensor | None] = [None] * len(like)
-        if not spare:
-            each(to_leaves)
-            totals = [_total(column) for column in zip(*(found[i] for i in roots), strict=True)]
+        if counted:
+            columns = zip(*(found[shard] for shard in counted), strict=True)
+            totals = [_total(column) for column in columns]
         if ranks is not None:
             ranks.add_up_leaves(totals, like)
-        if spare or all(total is None for total in totals):
+        if all(total is None for total in totals):
             continue  # this loss does not depend on what was exchanged here
-        for i, root in roots.items():
-            cotangents = crossing.pull(i, totals)
-            for source, cotangent in zip(crossing.sources[i], cotangents, strict=True):
+        for shard in walking:
+            cotangents: list[Tensor | None]
+            if shard.spare:
+                sources = crossing.of_spare.get(shard, [])
+                cotangents = [torch.zeros_like(source) for source in sources]
+            else:
+                sources = crossing.sources[shard.index]
+                cotangents = crossing.pull(shard.index, totals)
+            for source, cotangent in zip(sources, cotangents, strict=True):
                 if cotangent is not None and source.requires_grad:
-                    root.outputs.append(source)
-                    root.cotangents.append(cotangent)
+                    roots[shard].outputs.append(source)
+                    roots[shard].cotangents.append(cotangent)
 
 
 def _total(column: Sequence[Tensor | None]) -> Tensor | None:

@@ -88,7 +88,7 @@ class Lockstep:
             (p.dtype for p in module.parameters() if p.is_floating_point()),
             torch.get_default_dtype(),
         )
-        self.backward = Backward(lanes.lanes, lanes.add_up, self.scale_of)
+        self.backward = Backward(lanes, self.scale_of)
         self.stale = guards.StaleWeights()
         self.barrier = StepBarrier(self)
         world = lanes.world
@@ -218,7 +218,7 @@ class Lockstep:
             self._end()
             self._running = False
             torch._C._set_grad_enabled(enabled)
-        return shards if ranks is None or not ranks.spare else []
+        return shards if ranks is None else [shard for shard in shards if not shard.spare]
 
     def _advance_lone(self, shard: Shard) -> None:
         """Resume a rank's only shard: on the module itself, and yet one of several shards."""
@@ -241,7 +241,7 @@ class Lockstep:
             self._foreign_means.clear()
         self._first = False
         results = effect.combine(self.barrier, ranks.effects())
-        return [results[place] for place in ranks.own]
+        return [results[shard.index] for shard in self.shards]
 
     def _begin(self, batches: Sequence[Any], batch_idx: int, number: int) -> None:
         if self.body.training and torch.is_inference_mode_enabled():
@@ -278,10 +278,9 @@ class Lockstep:
             raise
         self.backward.lone = len(parts) == 1
         ranks.buffers.begin(self.body.training)
-        replicates = self.lanes.shares_modules
-        if len(parts) == 1 and not (ranks.spare and replicates):
+        if len(parts) == 1 and not ranks.spare:
             self._begin_lone(ranks, parts[0])
-        else:
+        else:  # what a shard without samples does to its module must not stay
             self._begin_many(parts)
             self.shards[0].meets = ranks if len(parts) == 1 else None
 
@@ -302,7 +301,7 @@ class Lockstep:
         stop = start + part.samples
         shard.random.begin(self.number, start, stop, world, self.dtype, self.device)
         assert isinstance(shard.draws, Stream)
-        shard.draws.seed(hash_key(self._key, self.number, place + ranks.spare * (1 + ranks.world.rank) * 2**32))
+        shard.draws.seed(hash_key(self._key, self.number, place))
         if self.is_loop:
             state = self.owner.__dict__
             self._outer_context = state["_context"]
@@ -346,7 +345,7 @@ class Lockstep:
         starts = list(accumulate(everywhere, initial=0))
         for shard, part, size, place in zip(shards, parts, sizes, places, strict=True):
             start = starts[place]
-            shard.begin(part.lane, part.batch, part.batch_idx, size, place)
+            shard.begin(part.lane, part.batch, part.batch_idx, size, place, part.spare)
             assert shard.replica is not None
             shard.replica.refresh()
             shard.context.logs = {}
@@ -384,6 +383,7 @@ class Lockstep:
         for shard in shards:
             shard.close()
         self.barrier.once = None
+        self.lanes.end_step(self.owner)
         self._failed.clear()
         self._lists.clear()
         self.backward.end()
@@ -500,14 +500,17 @@ class Lockstep:
         return [shard.replica for shard in self.shards if shard.replica is not None]
 
     def _check_buffers(self) -> None:
-        found = differing_buffer(self.owner, self.replicas())
+        counted = [s.replica for s in self.shards if s.replica is not None and not s.spare]
+        found = differing_buffer(self.owner, counted)
         if found is not None:
             raise messages.differing_writes(*found)
 
     def _merge(self) -> None:
         replicas = self.replicas()
-        if replicas and not (self.ranks is not None and self.ranks.spare):
-            merge(self.owner, replicas, [float(shard.samples) for shard in self.shards])
+        counted = [shard for shard in self.shards if not shard.spare]
+        if replicas and counted:
+            weights = [float(shard.samples) for shard in counted]
+            merge(self.owner, [s.replica for s in counted if s.replica is not None], weights)
 
     # -- what a shard needs --------------------------------------------------------------------
 

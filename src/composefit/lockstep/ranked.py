@@ -17,14 +17,12 @@ from composefit.lockstep import messages
 from composefit.lockstep.scatter import Part, batch_size, rows_of, scatter
 from composefit.losses import Loss
 from composefit.ranks import World
-from composefit.ranks.reduction import GradientReducer
 from composefit.ranks.world import WORDS, Meeting, checksum
 from composefit.replicas import path_of, statistics_of
 from composefit.tree import move
 
 if TYPE_CHECKING:
     from composefit.lockstep.driver import Lockstep
-    from composefit.lockstep.shard import Shard
 
 
 @dataclass(slots=True)
@@ -44,8 +42,8 @@ class Ranks:
 
     Attributes:
         shards: those of all ranks, in sample order.
-        own: the places in it of this rank's.
-        spare: this rank has no samples in this step: its one shard takes part with weight zero.
+        own: the places in it of this rank's, spare ones at place 0.
+        spare: this rank has no samples in this step.
         reducer: adds up gradients.
     """
 
@@ -55,7 +53,7 @@ class Ranks:
         self.shards: list[RemoteShard] = []
         self.own: list[int] = []
         self.spare = False
-        self.reducer = GradientReducer(world)
+        self.reducer = lock.lanes.reducer()
         self.buffers = RankedBuffers(lock.owner, world)
         self._meeting: Meeting | None = None
         self._met: list[tuple[Any, ...]] = []
@@ -63,6 +61,7 @@ class Ranks:
         self._words: list[float] = []
         self._many = False
         self._here: list[Effect[Any]] = []
+        self._counted: list[Effect[Any]] = []
         self._all: list[Effect[Any]] | None = None
         self._places: dict[Any, tuple[int, int]] = {}
 
@@ -86,33 +85,36 @@ class Ranks:
         self.shards.clear()
         self.own.clear()
         parts: list[Part] = []
-        spare: Part | None = None
+        spares: list[Part] = []
         for n, (row, by_rank) in enumerate(zip(rows, sizes, strict=True)):
-            index = first + n
             batch = move(row.batch, lock.device, lock.precision.dtype)
-            if by_rank[world.rank] == 0:
-                spare = spare or Part(0, batch, index, batch_size(owner, batch))
-                own: list[Part] = []
-            else:
-                own = scatter(owner, batch, index, lock.lanes.lanes, lock.microbatch)
-                if len(own) == 1:
-                    own = [own[0]._replace(samples=by_rank[world.rank])]
+            mine = by_rank[world.rank]
+            own = scatter(owner, batch, first + n, lock.lanes.lanes, lock.microbatch)
+            if mine and len(own) == 1:
+                own = [own[0]._replace(samples=mine)]
+            spare = own[0]._replace(spare=True)
+            if spare.samples is None:
+                spare = spare._replace(samples=batch_size(owner, batch))
+            own = own if mine else []
+            most = 0
             for rank, size in enumerate(by_rank):
                 if rank == world.rank:
                     cut = [part.samples or 0 for part in own]
                     self.own += range(len(self.shards), len(self.shards) + len(cut))
-                elif not size:
-                    cut = []
                 else:
                     lanes = tree.shard_sizes(size, lock.lanes.lanes, lock.microbatch, group)
                     cut = [one for lane in lanes for one in lane]
+                most = max(most, len(cut))
                 self.shards += [RemoteShard(rank, one) for one in cut]
             parts += own
-        self.spare = not parts
-        if self.spare:
-            assert spare is not None
-            self.own.append(0)  # it sees what the first shard sees
-            parts = [spare]
+            if lock.lanes.together:
+                parts += [spare] * (most - len(own))
+                self.own += [0] * (most - len(own))
+            spares.append(spare)
+        self.spare = all(part.spare for part in parts)
+        if not parts:
+            self.own.append(0)
+            parts = spares[:1]
         return parts
 
     def _sizes(self, rows: Sequence[Rows]) -> list[tuple[int, ...]]:
@@ -134,17 +136,25 @@ class Ranks:
         """Say what this rank's shards yielded; the answer is not waited for."""
         effect = effects[0]
         self._here, self._all = list(effects), None
-        self._met = [] if self.spare else [one.values() for one in effects]
+        counted = [
+            one for one, shard in zip(effects, self.lock.shards, strict=True) if not shard.spare
+        ]
+        self._counted = counted
+        self._met = [one.values() for one in counted]
         self._shape = effect.values() if self.spare else self._met[0]
         most = max(sum(one.rank == rank for one in self.shards) for rank in range(self.world.size))
         room = most * (len(self._shape) + 1)
         self._words = [word for values in self._met for word in _words(values)]
         self._many = room + 1 > WORDS
-        words = [self.buffers.written(self.lock.replicas(), self.spare)]
+        words = [self.buffers.written(self._speaking(), self.spare)]
         if not self._many:
             words += self._words + [0.0] * (room - len(self._words))
         place = self._place(effect, room)
         self._meeting = self.world.meet(place, self.describe, words)
+
+    def _speaking(self) -> list[Any]:
+        """The replicas whose buffers count."""
+        return [s.replica for s in self.lock.shards if s.replica is not None and not s.spare]
 
     def settle(self) -> None:
         """Wait until it is known that all ranks yielded the same."""
@@ -153,7 +163,7 @@ class Ranks:
             return
         rows = meeting.wait()
         self._meeting = None
-        self.buffers.compare([row[0] for row in rows], self.lock.replicas())
+        self.buffers.compare([row[0] for row in rows])
         effect = self._here[0]
         words: list[Sequence[float]] = [row[1:] for row in rows]
         if self._many:
@@ -161,7 +171,7 @@ class Ranks:
         shape, width = self._shape, len(self._shape) + 1
         bulk = self._bulk(shape, words)
         taken = [0] * self.world.size
-        here = iter(self._here)
+        here = iter(self._counted)
         found: list[Effect[Any]] = []
         for shard in self.shards:
             start = taken[shard.rank] * width
@@ -244,9 +254,7 @@ class Ranks:
         # Somebody may still be at an effect: that is found here, before data is sent.
         self.world.agree(f"the end of step {self.lock.number}")
         total = sum(shard.samples for shard in self.shards)
-        own = 0 if self.spare else sum(self.shards[place].samples for place in self.own)
-        if self.spare:
-            self.buffers.put_back()
+        own = sum(shard.samples for shard in self.shards if shard.rank == self.world.rank)
         self.buffers.end(own / total)
 
     # -- gradients through barriers ------------------------------------------------------------
@@ -259,9 +267,7 @@ class Ranks:
             like: the leaves.
         """
         wanted = [i for i, leaf in enumerate(like) if leaf.requires_grad]
-        sums = [
-            torch.zeros_like(like[i]) if totals[i] is None else totals[i] for i in wanted
-        ]
+        sums = [torch.zeros_like(like[i]) if totals[i] is None else totals[i] for i in wanted]
         exists = torch.tensor(
             [float(totals[i] is not None) for i in wanted], dtype=torch.float32
         ).to(self.world.device)
@@ -325,18 +331,10 @@ class RankedBuffers:
                 for now, before in zip(self._statistics, self._before, strict=True)
             ]
             self.world.add_up_(changes)
-            for now, before, change in zip(
-                self._statistics, self._before, changes, strict=True
-            ):
+            for now, before, change in zip(self._statistics, self._before, changes, strict=True):
                 total = before.to(change.dtype) + change
                 now.copy_(total if now.is_floating_point() else total.round())
         self._before = []
-
-    def put_back(self) -> None:
-        """Undo what this rank has done to them: it had no samples."""
-        with torch.no_grad():
-            for now, before in zip(self._statistics, self._before, strict=True):
-                now.copy_(before)
 
     def written(self, replicas: Sequence[Any], spare: bool) -> float:
         """A checksum of the other buffers that were written since the last one; 0 for none.
@@ -369,7 +367,7 @@ class RankedBuffers:
         self._last = found
         return found
 
-    def compare(self, checksums: Sequence[float], replicas: Sequence[Any]) -> None:
+    def compare(self, checksums: Sequence[float]) -> None:
         """Refuse buffers that ranks wrote differently.
 
         Raises:
@@ -410,8 +408,10 @@ def _is_bulk(value: Any) -> bool:
 
 
 def _words(values: Sequence[Any]) -> list[float]:
-    """What a control message says of a shard's values: which need a gradient, then of each its
-    number, or how many rows it has."""
+    """What a control message says of a shard's values.
+
+    Which of them need a gradient, then of each its number, or how many rows it has.
+    """
     mask = sum(2**i for i, v in enumerate(values) if isinstance(v, Tensor) and v.requires_grad)
     words = [float(mask)]
     for value in values:
@@ -444,5 +444,3 @@ def _row_bytes(like: Tensor) -> int:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-

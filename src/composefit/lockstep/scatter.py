@@ -13,12 +13,17 @@ from composefit.module import LoopModule
 
 
 class Part(NamedTuple):
-    """What one shard gets. `samples` is None where nobody had to ask."""
+    """What one shard gets.
+
+    `samples` is None where nobody had to ask; `spare` where they are those of another rank, and
+    count for nothing.
+    """
 
     lane: int
     batch: Any
     batch_idx: int
     samples: int | None
+    spare: bool = False
 
 
 def batch_size(module: nn.Module, batch: Any) -> int:

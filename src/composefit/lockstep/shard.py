@@ -38,6 +38,8 @@ class Shard:
         effect: what it yielded last; None once it has ended.
         done: no further effect will come (a returned loss is both an effect and the end).
         result: what goes back into the step at its next resume.
+        spare: its samples are another rank's: it takes part, and counts for nothing. It sees what
+            the first shard of all sees.
         meets: the ranks that are told of each effect at once, where it is the only shard here.
     """
 
@@ -64,10 +66,17 @@ class Shard:
         self.begin(0, None, 0, None, index)
 
     def begin(
-        self, lane: int, batch: Any, batch_idx: int, samples: int | None, index: int = 0
+        self,
+        lane: int,
+        batch: Any,
+        batch_idx: int,
+        samples: int | None,
+        index: int = 0,
+        spare: bool = False,
     ) -> None:
         """Take the data of a new step."""
         self.index = index
+        self.spare = spare
         self.step = object()  # that of this shard, to be told from others
         self.lane = lane
         self.batch = batch

@@ -16,8 +16,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from composefit.lockstep import gradients
+from composefit.lockstep.contract import Lanes
 from composefit.lockstep.gradients import Gradients
-from composefit.optimizers import NamedOptimizer, clip
+from composefit.optimizers import NamedOptimizer
 from composefit.precision import LossScale, Precision
 
 OnNonfinite = Literal["raise", "skip", "ignore"]
@@ -56,8 +57,8 @@ class Stepper:
         module: the owner, for parameters' names in messages.
         optimizers: by name.
         precision: whether losses are scaled.
-        device: where the parameters are.
-        step: how an optimizer is stepped, `strategy.optimizer_step`.
+        places: the strategy: where parameters are, and what is done with them there.
+        step: how an optimizer is stepped: `strategy.optimizer_step`, or the module's own way.
         hooks: told before and after each.
         on_nonfinite: what to do with a NaN or infinite gradient: `"raise"` an error before
             anything steps, `"skip"` the update, or `"ignore"` it.
@@ -74,7 +75,7 @@ class Stepper:
         module: nn.Module,
         optimizers: Mapping[str, NamedOptimizer],
         precision: Precision,
-        device: torch.device,
+        places: Lanes,
         step: Callable[[Optimizer], None],
         hooks: Hooks | None = None,
         on_nonfinite: OnNonfinite = "raise",
@@ -82,6 +83,8 @@ class Stepper:
     ) -> None:
         self.module = module
         self.optimizers = dict(optimizers)
+        self.places = places
+        device = places.device
         self.scales: dict[str, LossScale] = {}
         if precision.scales_losses:
             self.scales = {name: LossScale(device) for name in optimizers}
@@ -135,11 +138,12 @@ class Stepper:
             if self.clipped is not None:
                 self.clipped(optimizer, limit, algorithm)
             elif limit is not None:
-                clip(parameters, limit, algorithm)
+                self.places.clip(parameters, limit, algorithm)
             changed = [p for p in parameters if p.grad is not None]
             self.step(optimizer)
             # Fused optimizers change weights without a trace: a stale graph must raise.
             torch.autograd.graph.increment_version(changed)
+            self.places.stepped(changed)
             self.hooks.before_zero_grad(optimizer)
         finally:
             for parameter in parameters:
@@ -158,13 +162,17 @@ class Stepper:
         if not self.on_cpu:
             return self._finite_late(totals, step)
         for name, (parameters, found) in totals.items():
-            self._check(gradients.values(found), self.found, self.one)
+            self._check(self._values(found), self.found, self.one)
+            self.places.agree_found_(self.found)
             if self.found.item() or not math.isfinite(losses[name].item()):
                 self.found.zero_()
                 if self.on_nonfinite == "skip":
                     return False
                 raise self._error(name, parameters, found, losses[name], step)
         return True
+
+    def _values(self, found: Gradients) -> list[Tensor]:
+        return self.places.local(gradients.values(found))
 
     def _check(self, values: list[Tensor], found: Tensor, inverse_scale: Tensor) -> None:
         """Set `found` where a number is not finite, multiply by `inverse_scale` in place."""
@@ -187,7 +195,8 @@ class Stepper:
             late = self.late.setdefault(name, LateCheck(self.one.device))
             late.raise_if_found(name, self.on_nonfinite)
             late.found.zero_()
-            self._check(gradients.values(found), late.found, self.one)
+            self._check(self._values(found), late.found, self.one)
+            self.places.agree_found_(late.found)
             late.ask(step)
             optimizer = self.optimizers[name].optimizer
             if all(group.get("fused") for group in optimizer.param_groups):
@@ -207,7 +216,7 @@ class Stepper:
         bad = [
             names.get(id(p), "a parameter outside the module")
             for p, g in zip(parameters, found, strict=True)
-            if g is not None and not all(torch.isfinite(v).all() for v in gradients.values([g]))
+            if g is not None and not all(torch.isfinite(v).all() for v in self._values([g]))
         ]
         first = ""
         if bad:
@@ -227,7 +236,8 @@ class Stepper:
             for i, gradient in enumerate(found):
                 if gradient is not None and gradient.is_sparse:
                     found[i] = gradient.coalesce()  # the values would be a copy's otherwise
-            self._check(gradients.values(found), self.found, self.scales[name].inverse())
+            self._check(self._values(found), self.found, self.scales[name].inverse())
+        self.places.agree_found_(self.found)
         finite = not self.found.item()
         for name in totals:
             self.scales[name].adapt(self.found)

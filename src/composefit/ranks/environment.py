@@ -122,6 +122,7 @@ def _number(environ: Mapping[str, str], name: str, default: str | None = None) -
 # From here on the numbers of steps are SLURM's own: interactive, batch, extern, pending.
 _SHELLS = 2**32 - 6
 
+
 def _of_slurm(environ: Mapping[str, str]) -> Job | None:
     # The shells of salloc and of a batch script are steps too, whose numbers are the largest.
     if int(environ.get("SLURM_STEP_ID") or _SHELLS) >= _SHELLS:

@@ -1,9 +1,9 @@
 """`launch`: run a function in several new processes of this machine, as the ranks of one job.
 
-    new interpreters, by torch's elastic launcher; nothing is forked
-    each runs the function, and leaves a report of how that ended
-    meanwhile: hand on signals, show warnings, end the job where a rank has failed
-    return all results, or raise the error of the rank that failed first
+new interpreters, by torch's elastic launcher; nothing is forked
+each runs the function, and leaves a report of how that ended
+meanwhile: hand on signals, show warnings, end the job where a rank has failed
+return all results, or raise the error of the rank that failed first
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from composefit.ranks.parcels import Packer
+from composefit.ranks.parcels import Known, Packer
 
 __all__ = ["Mirror", "Sent"]
 
@@ -97,30 +97,35 @@ class Mirror:
 
     Args:
         objects: those of `Sent`, as they have arrived.
+        until: those from this number on go back by their number alone, whatever is in them now.
 
     Attributes:
+        special: gives what stands for an object that is no copy; as `known` of `parcels.pack`.
         lost: what could not be sent back: the path of an attribute, and why.
     """
 
-    def __init__(self, objects: list[Any]) -> None:
+    def __init__(self, objects: list[Any], until: int = 0) -> None:
         self._objects = objects
         self._numbers = {id(obj): number for number, obj in enumerate(objects)}
         self._versions = {n: _version(obj) for n, obj in enumerate(objects)}
         self._due: list[int] = []
         self._asked: set[int] = set()
-        self._until = len(objects)
+        self._until = until
+        self.special: Known = _nothing_special
         self.lost: list[tuple[str, Exception]] = []
 
-    def number(self, obj: Any) -> int | None:
-        """The number of a copy, by which it goes back; for `parcels.pack`. None: no copy."""
+    def known(self, obj: Any) -> Any:
+        """What stands for an object, a number for a copy; for `parcels.pack`."""
         number = self._numbers.get(id(obj))
-        if number is not None and number < self._until and number not in self._asked:
+        if number is None:
+            return self.special(obj)
+        if number < self._until and number not in self._asked:
             self._asked.add(number)
             self._due.append(number)
         return number
 
     def changes(
-        self, roots: Iterable[Any], until: int, always: Iterable[Any] = ()
+        self, roots: Iterable[Any], always: Iterable[Any] = ()
     ) -> Iterator[tuple[int, Any, set[str]]]:
         """The content of the copies that can be reached; to be packed one after another.
 
@@ -129,19 +134,17 @@ class Mirror:
 
         Args:
             roots: copies.
-            until: those from this number on go back by their number alone.
             always: tensors that go back whether they seem to have changed or not.
 
         Yields:
             Number, content, and names of attributes left out.
         """
-        self._until = until
         sure = {id(tensor) for tensor in always}
         for root in roots:
-            self.number(root)
-        for obj in self._objects[:until]:
+            self.known(root)
+        for obj in self._objects[: self._until]:
             if isinstance(obj, types.FunctionType) and _by_value(obj):
-                self.number(obj)
+                self.known(obj)
         while self._due:
             number = self._due.pop(0)
             obj = self._objects[number]
@@ -153,12 +156,12 @@ class Mirror:
 
     def _sendable(self, content: Any, name: str) -> tuple[Any, set[str]]:
         """Without the parts that cannot be pickled."""
-        if self._refusal(content) is None:
+        if self.refusal(content) is None:
             return content, set()
         if isinstance(content, tuple):  # a function's closure and variables
             return tuple(self._sendable(part, name)[0] for part in content), set()
         if not isinstance(content, dict):
-            refusals = [self._refusal(item) for item in content]
+            refusals = [self.refusal(item) for item in content]
             self.lost += [(f"an item of a {name}", error) for error in refusals if error]
             pairs = zip(content, refusals, strict=True)
             return type(content)(item for item, error in pairs if error is None), set()
@@ -167,19 +170,24 @@ class Mirror:
             if key in _TABLES:
                 kept[key], names = self._sendable(value, name)
                 left_out |= names
-            elif (error := self._refusal(value)) is None:
+            elif (error := self.refusal(value)) is None:
                 kept[key] = value
             else:
                 self.lost.append((f"{name}.{key}", error))
                 left_out.add(key)
         return kept, left_out
 
-    def _refusal(self, value: Any) -> Exception | None:
+    def refusal(self, value: Any) -> Exception | None:
+        """Why a value cannot be sent back; None if it can."""
         try:
-            Packer(io.BytesIO(), self.number).dump(value)
+            Packer(io.BytesIO(), self.known).dump(value)
         except Exception as error:
             return error
         return None
+
+
+def _nothing_special(obj: Any) -> None:
+    return None
 
 
 # -- kinds of objects --------------------------------------------------------------------------
@@ -194,7 +202,7 @@ def _by_value(obj: Any) -> bool:
 
 def _is_plain(obj: Any) -> bool:
     """Whether an object is pickled by its attributes."""
-    kind = type(obj)
+    kind: Any = type(obj)
     return (
         hasattr(obj, "__dict__")
         and kind.__reduce_ex__ is object.__reduce_ex__

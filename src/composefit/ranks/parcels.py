@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.storage import TypedStorage, UntypedStorage
 
-__all__ = ["culprit", "pack", "unpack"]
+__all__ = ["Known", "culprit", "pack", "unpack"]
 
 #: For an object: what stands for it in the parcel; None to pack the object itself.
 Known = Callable[[Any], Any]
@@ -43,8 +43,9 @@ def pack(path: Path, values: Iterable[Any], known: Known | None = None) -> None:
     stream = io.BytesIO()
     packer = Packer(stream, known)
     number = 0
-    for number, value in enumerate(values, 1):
+    for value in values:
         packer.dump(value)
+        number += 1
     # Last: all that was taken along from the main module has been seen by now.
     packer.dump(packer.of_main)
     data = torch.frombuffer(bytearray(stream.getbuffer()), dtype=torch.uint8)
@@ -92,7 +93,8 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, TypedStorage):
             return ("storage", self._place(obj._untyped_storage), obj.dtype)
         if isinstance(obj, UntypedStorage):
-            return ("storage", self._place(obj), None)
+            # As torch.load gives it back, for tensors of dtypes that have no typed storage.
+            return ("storage", self._place(obj), torch.uint8)
         found = None if self._known is None else self._known(obj)
         return None if found is None else ("known", found)
 
@@ -109,7 +111,7 @@ class Packer(cloudpickle.Pickler):  # type: ignore[misc]
         place = self._places.setdefault(storage._cdata, len(self.storages))
         if place == len(self.storages):
             empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
-            self.storages.append(empty.set_(storage))  # type: ignore[call-overload]
+            self.storages.append(empty.set_(storage))
         return place
 
 
@@ -131,9 +133,7 @@ class _Unpacker(pickle.Unpickler):
             return self._resolve(pid[1])
         _, place, dtype = pid
         storage = self._storages[place].untyped_storage()
-        if dtype is None:
-            return storage
-        return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
 # -- what cannot be packed ---------------------------------------------------------------------

@@ -21,7 +21,15 @@ from composefit.ranks.mirror import Mirror
 from composefit.ranks.outcome import Outcome
 from composefit.ranks.parcels import pack, unpack
 
-__all__ = ["STACK_SIGNAL", "main", "outcome_file", "pid_file", "stack_file", "value_file", "warnings_file"]
+__all__ = [
+    "STACK_SIGNAL",
+    "main",
+    "outcome_file",
+    "pid_file",
+    "stack_file",
+    "value_file",
+    "warnings_file",
+]
 
 #: On this signal a launched rank writes down where it is; None where the system has no such signal.
 STACK_SIGNAL: int | None = getattr(signal, "SIGUSR2", None)
@@ -92,7 +100,7 @@ def _run(folder: Path, rank: int) -> Outcome:
     except BaseException as error:
         return Outcome.of_error(rank, error)
     try:
-        pack(value_file(folder, rank), [value], Mirror(sent).number)
+        pack(value_file(folder, rank), [value], Mirror(sent).known)
     except Exception as error:
         error.add_note(f"what rank {rank} has returned cannot be sent to its launcher")
         return Outcome.of_error(rank, error)

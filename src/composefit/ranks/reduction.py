@@ -3,14 +3,15 @@
 Which parameters a loss reaches is known in advance only from the last time: the *plan*. What is
 planned travels in buckets, and with the last bucket travel three numbers: how many planned
 gradients a rank has not got, how many it has got beyond the plan, and how many of a kind that no
-bucket holds. They are zero as a rule; only where their sum is not, ranks tell each other which. So a
-parameter that an update does not reach costs nothing.
+bucket holds. They are zero as a rule; only where their sum is not, ranks tell each other which. So
+a parameter that an update does not reach costs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,29 @@ _NONE, _DENSE, _SPARSE = 0, 1, 2
 _FLAGS = 3
 
 
+class Sending(Protocol):
+    """The gradients of one key in one update, on their way to their sum."""
+
+    def __enter__(self) -> object:
+        """Around the backward: gradients go as they come."""
+
+    def __exit__(self, *_: object) -> None:
+        """At its end."""
+
+    def hand_over(self, gradients: Sequence[Tensor | None], spare: bool = False) -> None:
+        """This rank's gradients; none of them counts where it has no samples (`spare`)."""
+
+    def finish(self, kept: bool = False) -> Gradients:
+        """Their sums; `kept` where they stay in use after the next reduction."""
+
+
+class Reducer(Protocol):
+    """Adds up gradients over the ranks."""
+
+    def begin(self, key: str, parameters: Sequence[Tensor], gate: Callable[[], None]) -> Sending:
+        """One reduction; see `GradientReducer.begin`."""
+
+
 class GradientReducer:
     """Adds up the gradients of one module's optimizers over the ranks.
 
@@ -43,9 +67,7 @@ class GradientReducer:
         self.bucket_bytes = bucket_bytes
         self._plans: dict[tuple[str, int], _Plan] = {}
 
-    def begin(
-        self, key: str, parameters: Sequence[Tensor], gate: Callable[[], None]
-    ) -> Reduction:
+    def begin(self, key: str, parameters: Sequence[Tensor], gate: Callable[[], None]) -> Reduction:
         """One reduction.
 
         Args:
@@ -93,9 +115,7 @@ class _Bucket:
 class _Plan:
     """The buckets of the parameters that were reached the last time."""
 
-    def __init__(
-        self, parameters: list[Tensor], kinds: Sequence[int], bucket_bytes: int
-    ) -> None:
+    def __init__(self, parameters: list[Tensor], kinds: Sequence[int], bucket_bytes: int) -> None:
         self.ids = [id(parameter) for parameter in parameters]
         self.shapes = [(p.shape, p.stride(), p.dtype) for p in parameters]
         self.kinds = list(kinds)
@@ -117,8 +137,7 @@ class _Plan:
             opened[kind] = (group, used + size)
         last = len(groups) - 1
         self.buckets = [
-            _Bucket(parameters, group, _FLAGS if n == last else 0)
-            for n, group in enumerate(groups)
+            _Bucket(parameters, group, _FLAGS if n == last else 0) for n, group in enumerate(groups)
         ]
         self.bucket_of = {i: n for n, group in enumerate(groups) for i in group}
 
@@ -131,8 +150,8 @@ class _Plan:
 class Reduction:
     """The gradients of one key in one update, on their way to their sum.
 
-    `with reduction:` around the backward lets each bucket go as soon as it is full; `hand_over` gives
-    the gradients that there are at its end, and `finish` the sums.
+    `with reduction:` around the backward lets each bucket go as soon as it is full; `hand_over`
+    gives the gradients that there are at its end, and `finish` the sums.
     """
 
     def __init__(

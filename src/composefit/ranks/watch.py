@@ -193,7 +193,8 @@ class Watch:
         causes.sort(key=self._death)
         own = sorted((one for one in failed if one.kind != "peer's"), key=_when)
         if own and not (causes and self._death(causes[0]) < own[0].when):
-            return own[0].raised() if own[0].kind == "own" else _left(own[0], processes), own[0].rank
+            first = own[0]
+            return first.raised() if first.kind == "own" else _left(first, processes), first.rank
         if causes:
             how = _end(codes.get(causes[0], 0))
             return RuntimeError(f"rank {causes[0]} of {processes} {how}"), causes[0]

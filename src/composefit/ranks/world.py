@@ -182,8 +182,7 @@ class World:
         got = [torch.empty(room, dtype=torch.uint8) for _ in range(self.size)]
         self._waited(dist.all_gather(got, sent, group=self.control, async_op=True), lambda: what)
         return [
-            pickle.loads(one[:size].numpy().tobytes())
-            for one, size in zip(got, sizes, strict=True)
+            pickle.loads(one[:size].numpy().tobytes()) for one, size in zip(got, sizes, strict=True)
         ]
 
     def broadcast(self, what: str, value: Any) -> Any:
@@ -211,9 +210,7 @@ class World:
         """Every rank's tensor, all of one shape."""
         self._refuse_closed()
         got = [torch.empty_like(tensor) for _ in range(self.size)]
-        work = dist.all_gather(
-            got, tensor.contiguous(), group=self._group(tensor), async_op=True
-        )
+        work = dist.all_gather(got, tensor.contiguous(), group=self._group(tensor), async_op=True)
         self.wait(work, what)
         return got
 
@@ -320,7 +317,9 @@ class World:
                 "was waiting: it hangs, is much slower, or has gone another way. If it was just "
                 "slow, give the strategy a longer timeout="
             )
-        return PeerFailed(f"{names} has died while rank {self.rank} was waiting at {what} ({error})")
+        return PeerFailed(
+            f"{names} has died while rank {self.rank} was waiting at {what} ({error})"
+        )
 
     def _failed(self) -> list[str]:
         found = []

@@ -265,8 +265,9 @@ class RankMetrics:
             ValueError: a metric's states cannot be merged.
         """
         mine: dict[str, _Part] = {}
-        if self._apart:
-            self._look()
+        if not self._apart:  # on no rank: all do the same steps
+            return
+        self._look()
         for name, before in self._before.items():
             metric = self._named.get(name)
             if metric is not None and _updated(vars(metric), before.baseline):
@@ -285,8 +286,8 @@ class RankMetrics:
                 if parts:
                     refuse = partial(_unmergeable, self.module, metric, "ranks")
                     states = [before.states, *(_brought(metric, one.states) for one in parts)]
-                    settled = [_brought(metric, one.settled) for one in parts]
-                    found = _merged(metric, states, settled, refuse)
+                    told = [_brought(metric, one.settled) for one in parts]
+                    found = _merged(metric, states, told, refuse)
                 for attribute, value in found.items():
                     setattr(metric, attribute, value)
         self.forget()
@@ -354,14 +355,17 @@ class _Silence:
 
 
 def _silence(metric: Metric) -> None:
-    if not isinstance(metric.distributed_available_fn, _Silence):
-        metric.distributed_available_fn = _Silence(metric)
-    metric.distributed_available_fn.left = None
+    silence = metric.distributed_available_fn
+    if not isinstance(silence, _Silence):
+        silence = metric.distributed_available_fn = _Silence(metric)
+    silence.left = None
 
 
 def _give_back(metric: Metric) -> None:
     """Let torchmetrics synchronise again, but for what is whole already."""
     silence = metric.distributed_available_fn
+    if not isinstance(silence, _Silence):
+        return
     if metric._update_count:
         silence.left = _held(metric)
     else:
@@ -419,6 +423,7 @@ def _travelling(value: Any) -> Any:
 
 def _brought(metric: Metric, values: dict[str, Any]) -> dict[str, Any]:
     """Where the metric keeps them."""
+
     def to(value: Any, device: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device)

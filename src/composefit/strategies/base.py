@@ -24,8 +24,10 @@ from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.gradients import Gradients
 from composefit.losses import Loss
+from composefit.optimizers import clip
 from composefit.precision import Precision
 from composefit.ranks import World
+from composefit.ranks.reduction import GradientReducer, Reducer
 from composefit.strategies import stepping
 from composefit.updates import Gradient
 
@@ -43,15 +45,15 @@ class Strategy(ABC):
         concurrent: whether the lanes run at the same time.
         device: where parameters and batches are.
         world: the ranks of the job; None where this process is all.
-        shares_modules: modules can have replicas that share their parameters; without it each
-            rank runs one shard at a time, on the module itself.
+        together: every rank runs as many shards as the others, forward and backward, also where
+            it has no samples for them.
     """
 
     lanes: int = 1
     concurrent: bool = False
     device: torch.device = torch.device("cpu")
     world: World | None = None
-    shares_modules: bool = True
+    together: bool = False
 
     _sessions: int = 0
 
@@ -84,6 +86,38 @@ class Strategy(ABC):
     def optimizer_step(self, optimizer: Optimizer) -> None:
         """Step an optimizer whose parameters have their total gradients."""
         stepping.step(optimizer)
+
+    # -- where parameters are not whole in this process: see `FullySharded` ---------------------
+
+    def leaves(self, parameters: list[Parameter]) -> list[Parameter]:
+        """What stands for these parameters in a graph, to differentiate with respect to."""
+        return parameters
+
+    def reducer(self) -> Reducer:
+        """What adds up gradients over the ranks; each driver has one."""
+        assert self.world is not None
+        return GradientReducer(self.world)
+
+    def local(self, gradients: list[Tensor]) -> list[Tensor]:
+        """This process's part of total gradients, in the same memory."""
+        return gradients
+
+    def agree_found_(self, found: Tensor) -> None:  # noqa: B027 (total gradients are the same)
+        """Make a number that is not zero where a gradient is not finite so on every rank."""
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of total gradients together, 0-dim."""
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def clip(self, parameters: list[Parameter], limit: float, algorithm: str | None) -> None:
+        """Clip `.grad` of these parameters together: `composefit.optimizers.clip`."""
+        clip(parameters, limit, algorithm)
+
+    def stepped(self, parameters: list[Parameter]) -> None:  # noqa: B027
+        """These parameters have changed."""
+
+    def end_step(self, module: nn.Module) -> None:  # noqa: B027
+        """A step of this module is over, also after an error."""
 
     def processes_to_launch(self) -> int | None:
         """How many processes a run has to start for itself; None where it runs in this one."""

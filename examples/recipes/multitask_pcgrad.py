@@ -1,0 +1,88 @@
+"""PCGrad: where two tasks pull in opposite directions, each gives way to the other.
+
+Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning (2020,
+arXiv:2001.06782), algorithm 1. Reference: github.com/tianheyu927/PCGrad. The tasks are those of
+MultiMNIST (Sabour, Frosst and Hinton, 2017): digits lie over each other, and both are to be read.
+"""
+
+import torch
+import torch.nn.functional as F
+from _common import Gradient, Loader, Result, Where, digits, fit_and_test, loader, run, trainer
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+
+from composefit import LoopModule, Step
+
+
+class TwoDigits(LoopModule):
+    """A trunk that both tasks share, and a head for each."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        layers = nn.Linear(144, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
+        self.trunk = nn.Sequential(nn.Flatten(), *layers)
+        self.heads = nn.ModuleList(nn.Linear(width, 10) for _ in range(2))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    def training_step(self, batch: list[Tensor]) -> Step:
+        images, *wanted = batch
+        losses = [F.cross_entropy(s, y) for s, y in zip(self(images), wanted, strict=True)]
+        parameters = list(self.parameters())
+        slopes = yield from Gradient({str(i): loss for i, loss in enumerate(losses)}, parameters)
+        gradient = self.surgery([flat(slope, parameters) for slope in slopes.values()])
+        yield gradient @ parameters_to_vector(parameters)  # the gradient of this loss is `gradient`
+
+    def surgery(self, slopes: list[Tensor]) -> Tensor:
+        """The sum of the tasks' gradients, each without what goes against another one."""
+        changed = []
+        for i, slope in enumerate(slopes):
+            for j in self.random.shared.permutation(len(slopes)).tolist():
+                if j != i:
+                    other = slopes[j]
+                    slope = slope - (slope @ other).clamp(max=0) / (other @ other) * other
+            changed.append(slope)
+        return torch.stack(changed).sum(0)
+
+    def test_step(self, batch: list[Tensor]) -> None:
+        images, *wanted = batch
+        right = [s.argmax(1) == y for s, y in zip(self(images), wanted, strict=True)]
+        self.log("metric", torch.cat(right).double().mean())
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.trunk(images)
+        return [head(features) for head in self.heads]
+
+
+def flat(slope: list[Tensor | None], parameters: list[nn.Parameter]) -> Tensor:
+    """Gradients as one vector; a head that a task does not use has none."""
+    pairs = zip(slope, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+def overlaid(images: Tensor, labels: Tensor, copies: int) -> list[Tensor]:
+    """Pairs of digits on a canvas (n, 1, 12, 12), and the two labels of each."""
+    first = torch.arange(len(images)).repeat(copies)
+    second = torch.cat([torch.randperm(len(images)) for _ in range(copies)])
+    canvas = torch.full((len(first), 1, 12, 12), -1.0)
+    canvas[:, :, :8, :8] = images[first]
+    canvas[:, :, 4:, 4:] = canvas[:, :, 4:, 4:].maximum(images[second])
+    return [canvas, labels[first], labels[second]]
+
+
+def build(quick: bool = False) -> tuple[TwoDigits, Loader]:
+    torch.manual_seed(0)
+    train, _ = digits()
+    return TwoDigits(), loader(*overlaid(*train, copies=4), batch_size=64)
+
+
+def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
+    module, batches = build(quick)
+    test = loader(*overlaid(*digits()[1], copies=1), batch_size=200, shuffle=False)
+    fitter = trainer(strategy, devices, max_steps=4 if quick else 1000)
+    return fit_and_test(fitter, module, batches, test, "accuracy", at_least=0.8)
+
+
+if __name__ == "__main__":
+    run(main)
