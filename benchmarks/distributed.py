@@ -200,9 +200,17 @@ def lightning(work: Supervised | GAN) -> Train:
     )
     # The modules are those of the other benchmark, and only its trainer has one process.
     overhead._lightning_trainer = trainer
-    if isinstance(work, GAN):
-        return overhead.lightning_gan(work)
-    return overhead.lightning(work, log=True)
+    run = (
+        overhead.lightning_gan(work)
+        if isinstance(work, GAN)
+        else overhead.lightning(work, log=True)
+    )
+
+    def train(batches: Iterable[Any]) -> Iterable[Tensor]:
+        with _variables({}):  # it takes some away at its end
+            return run(batches)
+
+    return train
 
 
 #: By model and contestant; the first of a model is what the ratios are to.

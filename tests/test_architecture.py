@@ -19,7 +19,7 @@ SOURCES = ROOT / "src" / "composefit"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "doctor"),
     ("testing",),
     ("__init__",),
     ("lightning",),  # other names for what is below
@@ -39,7 +39,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("replicas",),
     ("optimizers",),
-    ("precision", "random", "ranks", "data", "tree", "images", "checkpoint"),
+    ("sharded_checkpoint",),
+    ("precision", "random", "ranks", "data", "images", "checkpoint"),
+    ("tree",),
     ("hyperparameters", "seeding", "settings", "signals"),
 )
 

@@ -115,11 +115,38 @@ def anchors(text: str) -> set[str]:
 
 def test_picture_of_the_lockstep_is_what_its_script_draws() -> None:
     script = ROOT / "docs" / "pictures" / "lockstep.py"
-    spec = importlib.util.spec_from_file_location("lockstep_picture", script)
+    module = load(script)
+    assert script.with_suffix(".svg").read_text(encoding="utf-8") == module.picture()
+
+
+def test_tables_of_scaling_are_what_its_script_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # scripts that import each other
+    script = load(ROOT / "benchmarks" / "scaling.py")
+    for row in [
+        *script.paper_rows(script.H100),
+        *script.paper_rows(script.SLOW),
+        *script.bucket_rows(),
+    ]:
+        assert f"| {' | '.join(row)} |" in page
+    for gpus, text in ((8, "{:.1f} ms for 8 "), (64, "{:.1f} for 64"), (1024, "{:.0f} for 1,024")):
+        assert text.format(script.control(script.H100, gpus) * 1e3) in page
+
+
+def load(script: Path) -> ModuleType:
+    """A script as a module; those of its folder that it imports are forgotten again."""
+    spec = importlib.util.spec_from_file_location(f"{script.stem}_script", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert script.with_suffix(".svg").read_text(encoding="utf-8") == module.picture()
+    before = dict(sys.modules)
+    sys.modules[spec.name] = module  # a dataclass looks itself up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        for name in [spec.name, *(path.stem for path in script.parent.glob("*.py"))]:
+            if name not in before:
+                sys.modules.pop(name, None)
+    return module
 
 
 def test_blocks_are_read_with_their_lines_and_languages() -> None:

@@ -1,4 +1,6 @@
-"""For the recipes that learn from two views of an image: the views, an encoder, a measure."""
+"""For recipes that learn from two views of an image: the views, networks, and a measure."""
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,7 @@ from torch.utils.data import DataLoader
 
 
 def view(x: Tensor, strength: float = 1.0, part: float = 1.0, size: int = 8) -> Tensor:
-    """Images turned, scaled, shifted, fainter or bolder, and noisy; or a part of each, in its size.
-    """
+    """Images turned, scaled, shifted, fainter or bolder, and noisy; or such a part of each."""
     n, turn, shift, noise = len(x), 0.5 * strength, 0.25 * strength, 0.2 * strength
     angle, scale = turn * (2 * torch.rand(n) - 1), part * (0.5 * torch.rand(n) - 0.25).exp()
     c, s, by = scale * angle.cos(), scale * angle.sin(), shift * (2 * torch.rand(n, 2) - 1)
@@ -42,13 +43,13 @@ def encoder(norm: str, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def perceptron(norm: str, inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Rows (n, inputs) -> (n, outputs), with `norm` as above, or `"none"`, on the hidden ones."""
-    layers = {"batch": nn.BatchNorm1d(hidden), "group": nn.GroupNorm(2, hidden)}
-    normalised = layers.get(norm, nn.Identity())
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), normalised, nn.ReLU(), nn.Linear(hidden, outputs)
-    )
+def perceptron(norm: str, *sizes: int) -> nn.Sequential:
+    """Rows (n, first size) -> (n, last size), with `norm` as above, or `"none"`, on those within."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes[:-1]):
+        normalised = {"batch": nn.BatchNorm1d(after), "group": nn.GroupNorm(2, after)}
+        layers += [nn.Linear(before, after), normalised.get(norm, nn.Identity()), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ No gradient has to be stopped: an update takes those of the named optimizer's pa
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class BYOL(LoopModule):
         goal = self.target(torch.cat(views[::-1]))
         return 2 * (2 - 2 * F.cosine_similarity(guess, goal, dim=1)).mean()  # both directions
 
-    def on_after_optimizer_step(self) -> None:
+    def on_after_optimizer_step(self, *_: Any) -> None:
         assert self.trainer is not None
         done = self.global_step / self.trainer.estimated_stepping_batches
         left = (math.cos(math.pi * done) + 1) / 2  # from 1 to 0: the target comes to rest

@@ -8,6 +8,7 @@ trained on, and the measure is on those alone. `Gather` brings in the features o
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from composefit import Gather, LoopModule, Step
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 LENGTH = 11  # "three seven"
 # (100, LENGTH), characters as numbers: what is said of the digits a and b is in row 10 * a + b.
 CAPTIONS = torch.tensor([list(f"{a} {b}".ljust(LENGTH).encode()) for a in WORDS for b in WORDS])
@@ -66,7 +67,7 @@ class CLIP(LoopModule):
         scores = self.scale.exp() * own @ others.T
         return scores.logsumexp(1) - scores.diagonal(offset)
 
-    def on_after_optimizer_step(self) -> None:
+    def on_after_optimizer_step(self, *_: Any) -> None:
         with torch.no_grad():
             self.scale.clamp_(0, math.log(100))
 

@@ -7,6 +7,7 @@ The teacher's centre is the mean over the whole batch: `Once` gets the rows of a
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class DINO(LoopModule):
     def move_centre(self, scores: Tensor) -> None:
         self.centre.lerp_(scores.mean(0), 0.1)
 
-    def on_after_optimizer_step(self) -> None:
+    def on_after_optimizer_step(self, *_: Any) -> None:
         follow(self.teacher, self.student, momentum=0.99)
 
 
@@ -69,8 +70,7 @@ def crops(rows: list[Tensor]) -> list[Tensor]:
 def build(quick: bool = False) -> tuple[DINO, Loader]:
     torch.manual_seed(0)
     (images, _), _ = digits()
-    batches = DataLoader(images, 128, shuffle=True, collate_fn=crops)  # type: ignore[arg-type]
-    return DINO(), batches
+    return DINO(), DataLoader(images, 128, shuffle=True, collate_fn=crops)  # type: ignore[arg-type]
 
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:

@@ -7,17 +7,18 @@ Labelled and unlabelled images come from two loaders, and each loss is a mean ov
 are four labels a digit; the control is trained on these alone.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from _common import Result, Where, digits, loader, run, trainer
+from _common import Loader, Result, Where, digits, loader, run, trainer
 from _views import encoder, view
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from composefit import LoopModule, Mean
 from composefit.callbacks import EMA
-
-Loaders = dict[str, DataLoader[tuple[Tensor, Tensor]]]
+from composefit.losses import Loss
 
 
 class FixMatch(LoopModule):
@@ -31,7 +32,7 @@ class FixMatch(LoopModule):
             self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
 
-    def training_step(self, batch: dict[str, tuple[Tensor, Tensor]]) -> Mean:
+    def training_step(self, batch: dict[str, list[Tensor]]) -> Loss:
         images, labels = batch["labelled"]
         weak, strong = batch["unlabelled"]
         scores = self.net(torch.cat([images, weak, strong]))
@@ -50,33 +51,34 @@ class FixMatch(LoopModule):
         self.log("accuracy", self.net(images).argmax(1).eq(labels).float().mean())
 
 
-def labelled(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def labelled(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     images, labels = (torch.stack(column) for column in zip(*rows, strict=True))
-    return view(images, strength=0.3), labels
+    return [view(images, strength=0.3), labels]
 
 
-def unlabelled(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def unlabelled(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     images = torch.stack([image for image, _ in rows])
-    return view(images, strength=0.3), view(images)
+    return [view(images, strength=0.3), view(images)]
 
 
-def build(quick: bool = False, weight: float = 1.0, steps: int = 220) -> tuple[FixMatch, Loaders]:
+def build(
+    quick: bool = False, weight: float = 1.0, steps: int = 220
+) -> tuple[FixMatch, dict[str, Loader]]:
     torch.manual_seed(0)
     (images, labels), _ = digits()
     few = torch.cat([(labels == digit).nonzero()[:4, 0] for digit in range(10)])
-    both = {
-        "labelled": (TensorDataset(images[few], labels[few]), 32, labelled),
-        "unlabelled": (TensorDataset(images, labels), 5 * 32, unlabelled),
+
+    def drawn(rows: Tensor, size: int, views: Any) -> Loader:
+        data: Dataset[Any] = TensorDataset(images[rows], labels[rows])
+        draws = RandomSampler(rows, replacement=True, num_samples=size * steps)
+        return DataLoader(data, size, sampler=draws, collate_fn=views)
+
+    everything = torch.arange(len(images))
+    loaders = {
+        "labelled": drawn(few, 32, labelled),
+        "unlabelled": drawn(everything, 160, unlabelled),
     }
-    return FixMatch(weight=weight), {
-        name: DataLoader(
-            data,
-            size,
-            sampler=RandomSampler(data, replacement=True, num_samples=size * steps),
-            collate_fn=collate,
-        )
-        for name, (data, size, collate) in both.items()
-    }
+    return FixMatch(weight=weight), loaders
 
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:

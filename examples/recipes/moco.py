@@ -7,6 +7,7 @@ The queue is written by `Once`: with the keys of all shards, in the order of the
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class MoCo(LoopModule):
     def enqueue(self, keys: Tensor) -> None:
         self.queue = torch.cat([keys, self.queue])[: len(self.queue)]
 
-    def on_after_optimizer_step(self) -> None:
+    def on_after_optimizer_step(self, *_: Any) -> None:
         follow(self.keys, self.queries, momentum=0.99)
 
 

@@ -32,7 +32,7 @@ class PINN(LoopModule):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
     def forward(self, points: Tensor) -> Tensor:
-        """u (n, 1) at points (n, 2): x and t."""
+        """The solution u (n, 1) at points (n, 2): x and t."""
         found: Tensor = self.net(points)
         return found
 
@@ -44,7 +44,8 @@ class PINN(LoopModule):
         u_x, u_t = slopes.split(1, dim=1)
         (curvatures,) = torch.autograd.grad(u_x.sum(), points, create_graph=True)
         residual = u_t + u * u_x - VISCOSITY * curvatures[:, :1]
-        return residual.square().mean() + (self(edge) - expected).square().mean()
+        loss: Tensor = residual.square().mean() + (self(edge) - expected).square().mean()
+        return loss
 
 
 def refine(module: PINN, batch: list[Tensor], strategy: Strategy, steps: int) -> None:
@@ -59,7 +60,7 @@ def refine(module: PINN, batch: list[Tensor], strategy: Strategy, steps: int) ->
                 parameter.grad = gradient
             return loss
 
-        lbfgs.step(closure)  # type: ignore[no-untyped-call]
+        lbfgs.step(closure)
 
 
 def solution(points: Tensor) -> Tensor:
@@ -68,7 +69,8 @@ def solution(points: Tensor) -> Tensor:
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite.hermgauss(64))
     y = x - 2 * (VISCOSITY * t).sqrt() * nodes
     heat = weights * (-(math.pi * y).cos() / (2 * math.pi * VISCOSITY)).exp()
-    return -((math.pi * y).sin() * heat).sum(1, keepdim=True) / heat.sum(1, keepdim=True)
+    u: Tensor = -((math.pi * y).sin() * heat).sum(1, keepdim=True) / heat.sum(1, keepdim=True)
+    return u
 
 
 def build(quick: bool = False, count: int = 600) -> tuple[PINN, Loader]:
@@ -86,7 +88,7 @@ def error(module: PINN) -> float:
     """Relative to the size of the solution, over a grid of points after the start."""
     points = torch.cartesian_prod(torch.linspace(-1, 1, 101), torch.linspace(0.01, 1, 50))
     exact = solution(points)
-    return ((module(points) - exact).norm() / exact.norm()).item()
+    return float((module(points) - exact).norm() / exact.norm())
 
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:

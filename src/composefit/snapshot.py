@@ -113,8 +113,14 @@ def write(trainer: Trainer, path: str | Path, state: dict[str, Any]) -> None:
     Raises:
         TypeError, OSError: it could not be written; on every rank.
     """
-    state = trainer.strategy.full_state(state)
+    state = _as_strategy(trainer, "full_state", state)
     _on_first(trainer.world, f"the checkpoint {path}", lambda: checkpoint.save(path, state))
+
+
+def _as_strategy(trainer: Trainer, method: str, state: Any, *of: Any) -> Any:
+    """A state as a strategy takes or gives it; most keep tensors whole."""
+    change = getattr(trainer.strategy, method, None)
+    return state if change is None else change(*of, state)
 
 
 def _rank_metrics(trainer: Trainer) -> Any:
@@ -356,11 +362,12 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         for name, of_ranks in state.get("loaders_of_ranks", {}).items():
             if name in loaders:
                 loaders[name].load_rank_states(of_ranks)
-    strategy = trainer.strategy
-    module.load_state_dict(strategy.load_weights(module, state["state_dict"]), strict=False)
+    weights = _as_strategy(trainer, "load_weights", state["state_dict"], module)
+    module.load_state_dict(weights, strict=False)
     for name, one in training.optimizers.items():
         kept = {key: value for key, value in state["optimizers"][name].items() if key != "class"}
-        one.optimizer.load_state_dict(strategy.load_optimizer(one.optimizer, kept))
+        kept = _as_strategy(trainer, "load_optimizer", kept, one.optimizer)
+        one.optimizer.load_state_dict(kept)
         if state["updates"][name]:  # torch warns of schedulers that step before their optimizer
             one.optimizer._opt_called = True  # type: ignore[attr-defined]
         for schedule, scheduler in zip(one.schedulers, state["schedulers"][name], strict=True):

@@ -885,7 +885,13 @@ def _name(strategy: Strategy) -> str:
 
 
 def _parameters(module: nn.Module) -> State:
-    return {name: p.detach().to(_CPU, copy=True) for name, p in module.named_parameters()}
+    return {name: _whole(p).to(_CPU, copy=True) for name, p in module.named_parameters()}
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Without a graph; of a sharded one all rows, which is collective."""
+    gather = getattr(value, "full_tensor", None)
+    return value.detach() if gather is None else gather().detach()
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -895,7 +901,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _bits(value: Tensor) -> Tensor:
     """Its bytes, so that NaN equals NaN, and zero does not equal minus zero."""
-    return value.detach().to(_CPU, copy=True).reshape(-1).view(torch.uint8)
+    return _whole(value).to(_CPU, copy=True).reshape(-1).view(torch.uint8)
 
 
 def _owners(module: nn.Module, trainer: Trainer) -> dict[str, str]:

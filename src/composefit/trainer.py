@@ -956,11 +956,10 @@ class Trainer:
         if limits.max_steps is not None or limits.max_time is not None:
             epochs = 1
         sequential = bool(self.overfit_batches)
-        group = module.samples_per_group
 
         def training() -> Batches:
             name, limit = "train_dataloaders", self.limit_train_batches
-            return self._batches(group, sources.loader("train"), name, limit, epochs, sequential)
+            return self._batches(module, sources.loader("train"), name, limit, epochs, sequential)
 
         def validating() -> list[Batches]:
             return self._several(sources, "val", self.limit_val_batches, epochs)
@@ -1010,13 +1009,32 @@ class Trainer:
     ) -> list[Batches]:
         name = "val_dataloaders" if stage == "val" else f"{stage}_dataloaders"
         sequential = stage != "predict" and bool(self.overfit_batches)
-        group = sources.module.samples_per_group
+        module = sources.module
         return [
-            self._batches(group, one, name, limit, epochs, sequential)
+            self._batches(module, one, name, limit, epochs, sequential)
             for one in sources.loaders(stage)
         ]
 
-    def _batches(self, group: int, loader: Any, name: str, *settings: Any) -> Batches:
+    def compare_streams(self, batches: Batches) -> None:
+        """In the first step of an epoch: ranks that read one loader must read the same from it.
+
+        Raises:
+            ValueError: they do not.
+        """
+        world = self.world
+        if world is None:
+            return
+        found = world.agree(f"the first batch of {batches.name}", batches.fingerprint())
+        if any(one != found[0] for one in found):
+            raise ValueError(
+                f"{batches.name} gives other samples on rank {next(r for r, one in enumerate(found) if one != found[0])} than on "
+                "rank 0, and each takes its rows of every batch: some would be trained on twice, "
+                "others never. Make the data after seed_everything(seed), or the same way on all "
+                "ranks; if the dataset divides itself over the ranks, say so by "
+                "composefit.PerRank(loader)"
+            )
+
+    def _batches(self, module: LoopModule, loader: Any, name: str, *settings: Any) -> Batches:
         world = self.world
         if world is None:
             return Batches(loader, name, *settings)
@@ -1024,8 +1042,15 @@ class Trainer:
         def anybody(has_batch: bool) -> bool:
             return any(there for (there,) in world.agree(f"a batch of {name}", has_batch))
 
-        ranks = (world.rank, world.size)
-        return Batches(loader, name, *settings, ranks=ranks, group=group, agree=anybody)
+        return Batches(
+            loader,
+            name,
+            *settings,
+            ranks=(world.rank, world.size),
+            group=module.samples_per_group,
+            dim=module.batch_dim,
+            agree=anybody,
+        )
 
     def _first_seed(self) -> int:
         if self.seed is not None:

@@ -1,6 +1,7 @@
 """A trainer whose hooks a test calls by hand, a module that remembers its logs, and a real fit."""
 
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,8 @@ class SteppedTrainer:
         self.exception: BaseException | None = None
         self.should_stop = self.sanity_checking = self.fast_dev_run = False
         self.is_global_zero = True
+        self.world: Any = None
+        self.clock = time.monotonic
         self.log_every_n_steps = 1
         self.samples_seen: int | None = 0
         self.num_training_batches = math.inf

@@ -254,11 +254,12 @@ def test_every_n_train_steps(tmp_path):
 
 
 @pytest.mark.parametrize("interval", [timedelta(seconds=90), 1.5])
-def test_every_so_many_minutes(tmp_path, monkeypatch, interval):
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("composefit.callbacks.model_checkpoint.time", clock)
+def test_every_so_many_minutes(tmp_path, interval):
+    clock = SimpleNamespace(now=100.0)
     trainer = SteppedTrainer(
-        tmp_path, ModelCheckpoint(filename="{step}", train_time_interval=interval, save_last=False)
+        tmp_path,
+        ModelCheckpoint(filename="{step}", train_time_interval=interval, save_last=False),
+        clock=lambda: clock.now,
     )
     trainer.begin()
     for _ in range(6):

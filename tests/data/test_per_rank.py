@@ -180,7 +180,7 @@ def test_ranks_draw_differently_and_rank_0_as_one_process(name: str) -> None:
 
 def places() -> Iterator[tuple[str, int]]:
     for name in KINDS:
-        for place in (1, 2, 3, 4, 5):
+        for place in (1, 2, 3, 4, 5, 6):  # 6: the epoch is over, and has been seen to be
             if "worker" not in name or place in (2, 4):
                 yield name, place
 
@@ -199,6 +199,7 @@ def test_stopped_and_resumed_every_rank_gets_what_it_would_have_got(name: str, p
     again = resumed(made(name), 3, state, states, agreement)
     agreement.begin(place)
     left = steps(again, 1)
+    assert agreement.asked[0] == 6 or place == 6
     found = [left, epoch(again, agreement, 2)]
     close(again)
     for a, b in zip([expected[1][place:], expected[2]], found, strict=True):
@@ -287,6 +288,30 @@ def test_in_a_dict_the_epoch_ends_with_the_shortest_on_any_rank() -> None:
         ]
     assert ranks[0].state_dict()["source"] is None
     assert ranks[0].rank_state() is not None
+
+
+def test_a_dict_is_resumed_with_the_ranks_own_part_of_it() -> None:
+    def in_dict(size: int) -> Callable[[], Any]:
+        waiting = iter(range(size))
+
+        def make() -> Any:
+            rank = next(waiting)
+            own = [torch.full((1,), 10.0 * rank + i) for i in range(3)]
+            return {"own": PerRank(own), "all": loader(Augmented(), 0, shuffle=True)}
+
+        return make
+
+    class Never(Agreement):
+        def of(self, rank: int) -> Callable[[bool], bool]:
+            return lambda missing: missing
+
+    ranks = world(in_dict(2), 2, agreement=Never([3, 3]))
+    given = steps(ranks, 0, 2)
+    state, states = ranks[0].state_dict(), [one.rank_state() for one in ranks]
+    given += steps(resumed(in_dict(2), 2, state, states, Never([3, 3])), 0)
+    expected = steps(world(in_dict(2), 2, agreement=Never([3, 3])), 0)
+    for a, b in zip(given, expected, strict=True):
+        assert same([row.batch for row in a], [row.batch for row in b])
 
 
 def test_a_sampler_that_divides_the_samples_is_at_home_here() -> None:

@@ -16,6 +16,7 @@ from composefit import checkpoint
 from composefit.callbacks.callback import Callback
 from composefit.callbacks.monitor import check_count
 from composefit.callbacks.stand_in import StandIn, substitute, tensors_of
+from composefit.strategies.sharding.state import cut_like
 
 
 class EMA(Callback):
@@ -163,8 +164,9 @@ class EMA(Callback):
             if average is None:
                 self._averages[name] = value.to(dtype, copy=True)
                 continue
-            if average.device != value.device:  # from a checkpoint
-                average = self._averages[name] = average.to(value.device)
+            if average.device != value.device or type(average) is not type(value):
+                # From a checkpoint, where it is whole and on the CPU.
+                average = self._averages[name] = cut_like(average.to(value.device), value)
             averages, current = alike[average.device, average.dtype]
             averages.append(average)
             current.append(value.to(average.dtype))

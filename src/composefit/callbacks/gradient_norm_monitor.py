@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from composefit.callbacks.callback import Callback
 
@@ -13,9 +14,9 @@ class GradientNormMonitor(Callback):
     """Logs the norm of each optimizer's gradients as `grad_norm/<optimizer>`.
 
     Of all its gradients together, as `torch.nn.utils.clip_grad_norm_` takes it: reduced over all
-    shards, unscaled, and before they are clipped. It is computed at the steps that loggers get
-    only, and the device is not waited for. Of several updates of an optimizer within a step, it is
-    the last one's.
+    shards and ranks, unscaled, and before they are clipped. It is computed at the steps that
+    loggers get only, and the device is not waited for. Of several updates of an optimizer within a
+    step, it is the last one's.
 
     Args:
         norm_type: the `p` of the p-norm; `math.inf` for the largest absolute value.
@@ -53,4 +54,8 @@ class GradientNormMonitor(Callback):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        module.log(f"grad_norm/{name}", torch.nn.utils.get_total_norm(gradients, self.norm_type))
+        if any(isinstance(gradient, DTensor) for gradient in gradients):  # of all ranks' parts
+            norm = trainer.strategy.norm(gradients, self.norm_type)
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients, self.norm_type)
+        module.log(f"grad_norm/{name}", norm)

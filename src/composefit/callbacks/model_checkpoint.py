@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -43,6 +42,10 @@ class ModelCheckpoint(Callback):
     `save_top_k=-1` every state under its own name. A file that is no longer among the best is
     deleted once the others are written. What somebody else has left under a name is never
     overwritten: the new file gets `-v1`, `-v2`, ... at its end (`last.ckpt` is: it is the latest).
+
+    With several ranks all of them decide alike, by values and a clock that they share; rank 0
+    chooses the names, writes, and deletes. An error on one rank leaves the others without it, so that
+    nothing more can be saved: it gets a note of which checkpoint is the last.
 
     A file knows of itself: in the state that it holds, `best_model_path` is already what the save
     has made it. If writing fails, everything is as before.
@@ -178,7 +181,10 @@ class ModelCheckpoint(Callback):
         """Begin anew with a fit; what is resumed comes back after this."""
         folder = Path(trainer.default_root_dir) if self._dirpath is None else self._dirpath
         # Absolute, since paths in the state outlive the process and its working directory.
-        self.dirpath = folder.expanduser().absolute()
+        folder = folder.expanduser().absolute()
+        if trainer.world is not None:
+            folder = Path(trainer.world.broadcast("the folder of checkpoints", str(folder)))
+        self.dirpath = folder
         if stage == "fit":
             self._begin()
 
@@ -191,7 +197,10 @@ class ModelCheckpoint(Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Nothing is trained yet: what there is to save is in the file that was resumed."""
         self._first_step = self._saved_step = trainer.global_step
-        self._saved_time = time.monotonic()
+        self._saved_time = trainer.clock()
+        if trainer.world is not None:  # as rank 0 finds them
+            there = trainer.world.broadcast("checkpoints that are there", self.best_k_models)
+            self.best_k_models = there
 
     def _after_batch(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -203,7 +212,7 @@ class ModelCheckpoint(Callback):
         if self.every_n_train_steps is not None:
             due = trainer.global_step % self.every_n_train_steps == 0
         if self.train_time_interval is not None:
-            due = due or time.monotonic() - self._saved_time >= self.train_time_interval
+            due = due or trainer.clock() - self._saved_time >= self.train_time_interval
         if due:
             self._save(trainer, may_wait=True)
 
@@ -241,8 +250,16 @@ class ModelCheckpoint(Callback):
         # Loops of the user's own need not call the hooks of a fit.
         begun = self._first_step >= 0 or (trainer.fit_loop is None and trainer.ready)
         in_fit = trainer.stage == "fit" and begun and trainer.global_step > self._first_step
-        if in_fit and self.save_on_exception and not _is_a_trial(trainer):
-            self._write_last(trainer, always=True)
+        if not in_fit or not self.save_on_exception or _is_a_trial(trainer):
+            return
+        if trainer.world is not None and trainer.world.closed:
+            last = self.last_model_path or self.best_model_path
+            exception.add_note(
+                "no checkpoint was written: that takes all ranks, and they have not ended at the "
+                f"same place; the last one is {last or 'none'}"
+            )
+            return
+        self._write_last(trainer, always=True)
 
     def teardown(self, trainer: Any, module: Any, stage: str) -> None:
         """No fit runs: a fault in what comes next is none in training."""
@@ -266,7 +283,7 @@ class ModelCheckpoint(Callback):
 
     def _save(self, trainer: Any, may_wait: bool = False) -> None:
         """The file of this state, if it deserves one, `last.ckpt`, and then what is to go."""
-        self._saved_time = time.monotonic()
+        self._saved_time = trainer.clock()
         dropped: list[str] = []
         wrote = False
         if self._names_files:
@@ -293,7 +310,7 @@ class ModelCheckpoint(Callback):
         if self.monitor is None:
             kept = self.filename is not None or self.save_top_k == -1
             dropped = [] if kept or not self.best_model_path else [self.best_model_path]
-            path = self._path(values, dropped)
+            path = self._path(trainer, values, dropped)
             self._write(trainer, path, best_model_path=path)
             return True, [other for other in dropped if other != path]
         score = as_score(values[self.monitor])
@@ -305,7 +322,7 @@ class ModelCheckpoint(Callback):
         if len(models) == self.save_top_k:
             dropped = [self._worst()]
             del models[dropped[0]]
-        path = self._path(values, dropped)
+        path = self._path(trainer, values, dropped)
         best_path, best_score = self.best_model_path, self.best_model_score
         if not score.isnan() and (
             best_score is None or better(score.item(), best_score.item(), self.mode)
@@ -367,8 +384,15 @@ class ModelCheckpoint(Callback):
                 judged = f", {self.monitor} = {self.current_score:.5g}"
             print(f"step {trainer.global_step}{judged}: saved {path}")
 
-    def _path(self, values: dict[str, Any], dropped: list[str]) -> str:
-        """A path that is free, or that of a file of ours which is to go anyway."""
+    def _path(self, trainer: Any, values: dict[str, Any], dropped: list[str]) -> str:
+        """A path that is free, or that of a file of ours which is to go anyway; as rank 0 finds."""
+        if trainer.world is None:
+            return self._free_path(values, dropped)
+        path = self._free_path(values, dropped) if trainer.is_global_zero else None
+        found: str = trainer.world.broadcast("the name of a checkpoint", path)
+        return found
+
+    def _free_path(self, values: dict[str, Any], dropped: list[str]) -> str:
         name = self._template.fill(values)
         path = self._folder / f"{name}.ckpt"
         version = 0

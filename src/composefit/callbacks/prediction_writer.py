@@ -16,7 +16,7 @@ class PredictionWriter(Callback):
     """Writes what `predict_step` returns: each batch as it comes, or all at the end.
 
     A batch's predictions are whole and in the loader's order, whatever the strategy: the files are
-    those of a single device, and rank zero writes them. With `write_interval="batch"` nothing of
+    those of a single device, and rank zero writes them, also where each rank has predicted some. With `write_interval="batch"` nothing of
     it stays in memory (`trainer.predict(..., return_predictions=False)` keeps nothing either).
 
     Override `write_on_batch_end` or `write_on_epoch_end` to write something else. As they are, they
@@ -82,7 +82,7 @@ class PredictionWriter(Callback):
             prediction: what the step returned, joined over shards; its tensors on the CPU.
             batch_indices: the places of its samples among all that the loader gives, from 0; None
                 where the size of a batch is not known.
-            batch: the loader's batch.
+            batch: the loader's batch; with several ranks, the rows of rank zero.
             batch_idx: its index in its loader.
             dataloader_idx: its loader's index.
         """
@@ -119,7 +119,7 @@ class PredictionWriter(Callback):
         if trainer.exception is not None or not trainer.is_global_zero:
             return
         prediction = tree.map_tensors(_own, outputs)
-        places = self._next_places(module, batch, dataloader_idx)
+        places = self._next_places(trainer, module, batch, dataloader_idx)
         if self.by_batch:
             self.write_on_batch_end(
                 trainer, module, prediction, places, batch, batch_idx, dataloader_idx
@@ -137,12 +137,17 @@ class PredictionWriter(Callback):
                 (kept,), (places,) = kept, places
             self.write_on_epoch_end(trainer, module, kept, places)
 
-    def _next_places(self, module: Any, batch: Any, dataloader_idx: int) -> list[int] | None:
+    def _next_places(
+        self, trainer: Any, module: Any, batch: Any, dataloader_idx: int
+    ) -> list[int] | None:
         first = self._counted.get(dataloader_idx, 0)
         if first is None:
             return None
         try:
-            end = first + batch_size(module, batch)
+            if trainer.world is None:
+                end = first + batch_size(module, batch)
+            else:  # of which the batch here is but a part
+                end = first + trainer.evaluation.batch_samples
         except (TypeError, ValueError):  # no step needs the size, so the batch need not tell it
             self._counted[dataloader_idx] = None
             return None

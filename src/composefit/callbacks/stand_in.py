@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from composefit.strategies.sharding.state import cut_like
+
 
 class StandIn:
     """Other values in the place of a module's own, until they are put back.
@@ -44,7 +46,7 @@ class StandIn:
             )
             for name, tensor in self.pairs.items():
                 # In place: fused and flattened weights stay where they are.
-                tensor.copy_(values[name])
+                tensor.copy_(cut_like(values[name], tensor))
 
     def put_back(self) -> None:
         """The module's own values are back, bit by bit."""

@@ -24,7 +24,9 @@ class ThroughputMonitor(Callback):
 
     Means over the last steps, as they are before a step that loggers get. Fetching batches counts,
     as do hooks and checkpoints; validations do not. Where nobody knows how many samples a batch
-    has, `samples_per_second` is left out. The first value comes once two steps are done.
+    has, `samples_per_second` is left out. The first value comes once two steps are done. Samples
+    are those of all ranks; each rank measures with a clock of its own, and what is logged is the
+    mean of what they find.
 
     Args:
         window_size: how many steps to take the mean over.

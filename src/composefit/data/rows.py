@@ -21,11 +21,14 @@ class Rows:
         sizes: each rank's samples of this batch, in rank order; None where a rank does not know
             those of the others.
         spare: this rank has no rows of this batch: `batch` is one to take part with, weight zero.
+        counted: the sizes are those of the batches; else of what a function made them from, which
+            may have left out samples or doubled them.
     """
 
     batch: Any
     sizes: tuple[int, ...] | None
     spare: bool = False
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,9 @@ class Share:
         first = sum(sizes[: self.rank])
         return items[first : first + sizes[self.rank]] if sizes[self.rank] else items[: self.group]
 
-    def rows(self, batch: Any, sizes: tuple[int, ...]) -> Rows:
+    def rows(self, batch: Any, sizes: tuple[int, ...], counted: bool = True) -> Rows:
         """What this rank has loaded, told what it is a part of."""
-        return Rows(batch, sizes, spare=not sizes[self.rank])
+        return Rows(batch, sizes, not sizes[self.rank], counted)
 
     def cut(self, batch: Any) -> Rows:
         """This rank's rows of a batch that is loaded as a whole.

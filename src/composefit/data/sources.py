@@ -323,7 +323,7 @@ def divided(batches: LoaderBatches, shares: dict[str, Share]) -> LoaderBatches |
                 "and drop_last=True where the last batch is smaller"
             )
     whole = LoaderBatches({name: one.batch for name, one in rows.items()})
-    return Rows(whole, rows[first].sizes, rows[first].spare)
+    return Rows(whole, rows[first].sizes, rows[first].spare, rows[first].counted)
 
 
 def _cut(batch: Any, share: Share) -> Rows:
@@ -332,7 +332,7 @@ def _cut(batch: Any, share: Share) -> Rows:
     cuts = {name: _cut(one, share) for name, one in batch.items()}
     whole = LoaderBatches({name: one.batch for name, one in cuts.items()})
     first = next(iter(cuts.values()))
-    return Rows(whole, first.sizes, first.spare)
+    return Rows(whole, first.sizes, first.spare, first.counted)
 
 
 def same_kind(name: str, source: Source, kind: str) -> None:

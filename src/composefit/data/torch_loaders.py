@@ -254,7 +254,8 @@ class TorchLoader:
             sizes = self.share.sizes(len(index))
             found = digest((index, self.loader.dataset)) if first else 0
         self.digest = found if first else self.digest
-        return self.share.rows(batch, sizes)
+        counted = self.loader.collate_fn is default_collate
+        return self.share.rows(batch, sizes, counted)
 
     def end(self) -> None:
         """See `Source`."""

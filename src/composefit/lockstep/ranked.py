@@ -14,8 +14,15 @@ from composefit import tree
 from composefit.data.rows import Rows
 from composefit.effects import Effect
 from composefit.lockstep import messages
-from composefit.lockstep.scatter import Part, batch_size, rows_of, scatter
+from composefit.lockstep.scatter import (
+    Part,
+    batch_size,
+    counts_its_own_way,
+    rows_of,
+    scatter,
+)
 from composefit.losses import Loss
+from composefit.module import LoopModule
 from composefit.ranks import World
 from composefit.ranks.world import WORDS, Meeting, checksum
 from composefit.replicas import path_of, statistics_of
@@ -119,10 +126,12 @@ class Ranks:
 
     def _sizes(self, rows: Sequence[Rows]) -> list[tuple[int, ...]]:
         """For each loader batch, the samples of each rank."""
-        known = [row.sizes for row in rows if row.sizes is not None]
-        if len(known) == len(rows):
-            return known
-        mine = [0 if row.spare else batch_size(self.lock.owner, row.batch) for row in rows]
+        owner = self.lock.owner
+        if not (isinstance(owner, LoopModule) and counts_its_own_way(owner)):
+            known = [row.sizes for row in rows if row.sizes is not None and row.counted]
+            if len(known) == len(rows):
+                return known
+        mine = [0 if row.spare else batch_size(owner, row.batch) for row in rows]
         what = f"the beginning of step {self.lock.number} over {len(rows)} batches"
         if len(mine) <= WORDS:
             theirs: Sequence[Sequence[float]] = self.world.agree(what, *mine)

@@ -26,13 +26,18 @@ class Part(NamedTuple):
     spare: bool = False
 
 
+def counts_its_own_way(module: LoopModule) -> bool:
+    """Whether a module says itself how many samples a batch has."""
+    return type(module).batch_size is not LoopModule.batch_size
+
+
 def batch_size(module: nn.Module, batch: Any) -> int:
     """The samples of a batch, as the module counts them.
 
     Raises:
         ValueError: the batch is empty, or its leaves disagree (see `composefit.tree.batch_size`).
     """
-    if isinstance(module, LoopModule) and type(module).batch_size is not LoopModule.batch_size:
+    if isinstance(module, LoopModule) and counts_its_own_way(module):
         size = module.batch_size(batch)
     elif isinstance(batch, LoaderBatches):
         size = batch_size(module, next(iter(batch.values())))

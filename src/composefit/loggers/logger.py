@@ -14,8 +14,9 @@ from composefit.images import Image
 class Logger(ABC):
     """Base of all loggers: override what yours keeps, `log_metrics` at least.
 
-    The trainer calls it in one process and one thread, with numbers that are already reduced. The
-    x axis of all curves is the step, which never goes back within a run, resumed ones included.
+    The trainer calls it in one process and one thread, on rank 0, with numbers that are already
+    reduced; other ranks have something in its place that keeps nothing. The x axis of all curves is
+    the step, which never goes back within a run, resumed ones included.
 
     Attributes:
         log_dir: the folder that the run's files go to, where there is one.

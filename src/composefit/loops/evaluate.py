@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import DataLoader
 
-from composefit.data import Batches
+from composefit.data import Batches, PerRank
 from composefit.loops.loop import Loop
 
 if TYPE_CHECKING:
@@ -90,6 +90,6 @@ def batches_of(loaders: Any, name: str) -> list[Batches]:
     if isinstance(loaders, Mapping):
         several = list(loaders.values())
     elif isinstance(loaders, list) and loaders:  # of loaders, or of batches: then it is one
-        kinds = (Batches, DataLoader)
+        kinds = (Batches, DataLoader, PerRank)
         several = loaders if all(isinstance(one, kinds) for one in loaders) else several
     return [one if isinstance(one, Batches) else Batches(one, name) for one in several]

@@ -136,8 +136,12 @@ class TrainEpochLoop(Loop):
     def _windows(self, trainer: Trainer) -> Iterator[list[Any]]:
         size = trainer.accumulate_grad_batches
         window: list[Any] = []
+        first = True
         try:
             for batch in trainer.profiled("fetch", self.batches.epoch(self.epoch)):
+                if first:
+                    trainer.compare_streams(self.batches)
+                    first = False
                 window.append(batch)
                 if size == 1 or len(window) == size:
                     yield window

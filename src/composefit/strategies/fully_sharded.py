@@ -360,9 +360,7 @@ class _Gathering:
     def __init__(self, world: World) -> None:
         self.world = world
 
-    def allocate(
-        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the message."""
         return torch.empty(*size, dtype=dtype, device=device)
 
@@ -393,5 +391,3 @@ def _precision(given: object) -> torch.dtype | MixedPrecisionPolicy | None:
         "FullySharded(mixed_precision=...) expects a dtype such as torch.bfloat16, a "
         f"MixedPrecisionPolicy, or None, got {given!r}"
     )
-
-

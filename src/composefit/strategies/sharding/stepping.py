@@ -63,7 +63,9 @@ def step_locally(optimizer: Optimizer) -> bool:
     return True
 
 
-def _take_over(kept: dict[str, Any], found: dict[str, Any], parameter: Tensor, part: Tensor) -> None:
+def _take_over(
+    kept: dict[str, Any], found: dict[str, Any], parameter: Tensor, part: Tensor
+) -> None:
     """Keep the state that a step has made anew, sharded like its parameter."""
     for key, value in found.items():
         before = kept.get(key)

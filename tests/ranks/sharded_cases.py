@@ -1,4 +1,4 @@
-"""A rank of the job that `test_sharded.py` starts: runs each case, and says what came of it.
+"""What the ranks of `test_sharded.py` do: each case on every rank, which says what came of it.
 
 The cases take gradients and step by hand, with the calls that the driver makes, and compare with a
 plain loop over the whole batch in the same process: `worst` is the largest relative difference of a
@@ -8,8 +8,6 @@ parameter, `moved` how far the least moved one has come.
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from composefit import LoopModule
 from composefit.lockstep import gradients
+from composefit.lockstep.guards import StaleWeights
+from composefit.random import recomputation
 from composefit.replicas import Replica
 from composefit.strategies.fully_sharded import FullySharded
 
@@ -177,8 +176,14 @@ def take(loss: Tensor, optimizer: Optimizer, retain: bool = False) -> None:
         parameter.grad = gradient
 
 
-def gan(order: str = "critic", kind: str = "sgd", critic_steps: int = 1, limit: float | None = None,
-        steps: int = 4, **arguments: Any) -> dict[str, Any]:
+def gan(
+    order: str = "critic",
+    kind: str = "sgd",
+    critic_steps: int = 1,
+    limit: float | None = None,
+    steps: int = 4,
+    **arguments: Any,
+) -> dict[str, Any]:
     start, plain, module = gan_module(), gan_module(), gan_module()
     strategy = sharded(module, **arguments)
     hand = ByHand(strategy, module)
@@ -419,7 +424,9 @@ def gradient_penalty() -> dict[str, Any]:
         strategy.end_step(module)
         fake = plain.generator(z)
         for _ in range(2):
-            take(loss_critic(plain.critic, real, fake) + 0.5 * penalised(plain, real, fake), pc, True)
+            take(
+                loss_critic(plain.critic, real, fake) + 0.5 * penalised(plain, real, fake), pc, True
+            )
             pc.step()
         take(loss_generator(plain.critic, fake), pg)
         pg.step()
@@ -472,9 +479,6 @@ def a_recomputed_stale_graph_raises() -> dict[str, Any]:
     strategy = sharded(module, activation_checkpointing=True)
     hand = ByHand(strategy, module)
     c = adam_or_sgd("sgd", module.critic)
-    from composefit.lockstep.guards import StaleWeights
-    from composefit.random import recomputation
-
     stale = StaleWeights()
     real = rows(draw(6, 5, seed=1))
     with recomputation(stale):
@@ -521,10 +525,7 @@ def a_parameter_that_only_one_rank_reaches() -> dict[str, Any]:
         po.step()
         strategy.end_step(module)
     own = dict(module.named_parameters())
-    worst = max(
-        (own[n].full_tensor() - p).abs().max().item()
-        for n, p in plain.named_parameters()
-    )
+    worst = max((own[n].full_tensor() - p).abs().max().item() for n, p in plain.named_parameters())
     return {"worst": worst, "nones": nones}
 
 
@@ -658,9 +659,7 @@ def norms_and_nonfinite() -> dict[str, Any]:
     mixed = [*found, torch.full((3,), 0.25, dtype=torch.float64)]
     whole = [*wanted, mixed[-1]]
     off = {
-        order: abs(
-            strategy.norm(mixed, order) - torch.nn.utils.get_total_norm(whole, order)
-        ).item()
+        order: abs(strategy.norm(mixed, order) - torch.nn.utils.get_total_norm(whole, order)).item()
         for order in (1.0, 2.0, 3.0, float("inf"))
     }
     for p, g in zip(c, found, strict=True):
@@ -782,50 +781,6 @@ def the_weights_of_an_evaluation_do_not_stay() -> dict[str, Any]:
     return {"other": not torch.equal(before, other), "back": torch.equal(before, after.detach())}
 
 
-@case
-def averages_of_sharded_and_whole_parameters() -> dict[str, Any]:
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    module = ActorCritic()
-    strategy = sharded(module)
-    said = {}
-    average = get_ema_multi_avg_fn(0.9)
-    for name, part in (("sharded", module.encoder), ("mixed", module)):
-        own = [p.detach().clone() for p in part.parameters()]
-        new = [p.detach() + 1 for p in part.parameters()]
-        wanted = [strategy.full_state([a])[0] * 0.9 + strategy.full_state([b])[0] * 0.1
-                  for a, b in zip(own, new, strict=True)]
-        try:
-            average(own, new, 0)
-        except Exception as error:
-            said[name] = f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        got = [strategy.full_state([a])[0] for a in own]
-        said[name] = max((a - b).abs().max().item() for a, b in zip(got, wanted, strict=True) if a.numel()) if dist.get_rank() == 0 else 0.0
-    try:
-        AveragedModel(module.encoder)
-    except Exception as error:
-        said["AveragedModel"] = f"{type(error).__name__}: {str(error)[:100]}"
-    return said
-
-
-def main(path: str, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    FullySharded(accelerator="cpu", timeout=20).open()
-    said: dict[str, Any] = {}
-    for name in names or CASES:
-        try:
-            said[name] = CASES[name]()
-        except Exception as error:
-            import traceback
-
-            said[name] = {"error": "".join(traceback.format_exception(error))}
-    if dist.get_rank() == 0:
-        with open(path, "w") as file:
-            json.dump(said, file)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+def run_case(name: str) -> dict[str, Any]:
+    """Called on every rank."""
+    return CASES[name]()
