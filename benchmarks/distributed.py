@@ -14,6 +14,7 @@ import gc
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -27,6 +28,7 @@ from models import GAN, WORKLOADS, Supervised
 from peaks import EVERY_TENSOR_A_MAPPING, PeakResident, private_resident
 from rich.table import Table
 from timing import (
+    Clock,
     Lap,
     Race,
     Segment,
@@ -375,10 +377,10 @@ def fingerprint(parameters: Iterable[Tensor]) -> tuple[float, ...]:
     return tuple(sorted(float(p.detach().double().norm()) for p in whole))
 
 
-def lap(model: str, name: str, steps: int) -> Lap:
+def lap(model: str, name: str, steps: int, clock: Clock = time.perf_counter) -> Lap:
     train, batches = contestant(model, name)
     gc.collect()
-    stamped = StampedBatches(batches, steps)
+    stamped = StampedBatches(batches, steps, clock)
     dist.barrier()
     trained = train(stamped)
     prints = fingerprint(trained) if WORKLOADS[model].comparable else ()
@@ -450,21 +452,22 @@ def present(job: Job, model: str) -> list[str]:
     return names
 
 
-def slowest(job: Job, model: str, name: str) -> Segment:
+def slowest(job: Job, model: str, name: str, clock: Clock) -> Segment:
     def segment(steps: int) -> Lap:
-        laps: list[Lap] = job.do(lap, model, name, steps)
+        laps: list[Lap] = job.do(lap, model, name, steps, clock)
         return max(laps, key=lambda one: one.seconds)
 
     return segment
 
 
-def times(job: Job, model: str, rounds: int, steps: int) -> Race:
-    names = present(job, model)
-    return race({name: slowest(job, model, name) for name in names}, rounds=rounds, steps=steps)
+def times(job: Job, model: str, rounds: int, steps: int, clock: Clock) -> Race:
+    contestants = {name: slowest(job, model, name, clock) for name in present(job, model)}
+    return race(contestants, rounds=rounds, steps=steps)
 
 
-def times_table(results: dict[str, Race]) -> Table:
-    table = Table(title="A step in two processes")
+def times_table(results: dict[str, Race], clock: Clock) -> Table:
+    what = ", processor time" if clock is time.process_time else ""
+    table = Table(title=f"A step in two processes{what}")
     for column in ("model", "contestant", "a step", "÷ by hand", "middle half", "to reach"):
         table.add_column(column, justify="left" if column in ("model", "contestant") else "right")
     for model, result in results.items():
@@ -537,14 +540,14 @@ def gradient_bytes(work: Supervised | GAN) -> int:
 
 
 def main() -> None:
-    options = arguments(str(__doc__), rounds=15, one_thread=False)
+    options = arguments(str(__doc__), rounds=15, one_thread=True)
     steps = 4 if options.quick else 10
     results = {}
     with Job() as job:
         for model in TARGETS:
-            results[model] = times(job, model, options.rounds, steps)
+            results[model] = times(job, model, options.rounds, steps, options.clock)
         counted = bytes_table(job, ("smallest MLP", "tiny GAN"))
-    console.print(times_table(results), counted)
+    console.print(times_table(results, options.clock), counted)
     if sys.platform == "linux":
         console.print(memory_table({m: list(r.seconds) for m, r in results.items()}, steps=6))
     console.print(machine("lightning"))

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -75,7 +75,7 @@ def trainer(strategy: Where, devices: int | str, **arguments: Any) -> Trainer:
     return Trainer(strategy=strategy, devices=devices, seed=0, **quiet | arguments)
 
 
-def fit_and_test(
+def measure(
     fitter: Trainer,
     module: LoopModule,
     batches: Loader,
@@ -98,7 +98,8 @@ def fit_and_test(
 
 def loader(*columns: Tensor, batch_size: int, shuffle: bool = True) -> Loader:
     """Batches of these tensors' rows."""
-    return DataLoader(TensorDataset(*columns), batch_size, shuffle=shuffle)
+    rows: Any = TensorDataset(*columns)
+    return DataLoader(rows, batch_size, shuffle=shuffle)
 
 
 # -- gradients -------------------------------------------------------------------------------------
@@ -112,8 +113,8 @@ class Gradient(Effect[dict[str, list[Tensor | None]]]):
         wrt: the parameters; None comes back for one that no shard has reached.
     """
 
-    def __init__(self, losses: dict[str, Tensor], wrt: list[nn.Parameter]) -> None:
-        self.losses, self.wrt = losses, wrt
+    def __init__(self, losses: dict[str, Tensor], wrt: Iterable[Any]) -> None:
+        self.losses, self.wrt = losses, list(wrt)
 
     def agreement(self) -> tuple[str, ...]:
         return ("Gradient", *self.losses)

@@ -44,7 +44,7 @@ def encoder(norm: str, width: int) -> nn.Sequential:
 
 
 def perceptron(norm: str, *sizes: int) -> nn.Sequential:
-    """Rows (n, first size) -> (n, last size), with `norm` as above, or `"none"`, on those within."""
+    """Rows (n, first size) -> (n, last size), `norm` as above, or `"none"`, on those within."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes[:-1]):
         normalised = {"batch": nn.BatchNorm1d(after), "group": nn.GroupNorm(2, after)}

@@ -8,7 +8,7 @@ Here one set are digits, and the other are photographic negatives of other digit
 from itertools import chain
 
 import torch
-from _common import Loader, Result, Where, digits, fit_and_test, loader, run, trainer
+from _common import Loader, Result, Where, digits, loader, measure, run, trainer
 from torch import Tensor, nn
 
 from composefit import LoopModule, Once, Step
@@ -109,10 +109,9 @@ def build(quick: bool = False) -> tuple[CycleGAN, Loader]:
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
-    _, (images, labels) = digits()
     fitter = trainer(strategy, devices, max_steps=4 if quick else 500)
-    test = loader(images, labels, batch_size=200, shuffle=False)
-    return fit_and_test(fitter, module, batches, test, "mean error of a pixel", at_most=0.2)
+    test = loader(*digits()[1], batch_size=200, shuffle=False)
+    return measure(fitter, module, batches, test, "mean error of a pixel", at_most=0.2)
 
 
 if __name__ == "__main__":

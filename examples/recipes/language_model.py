@@ -9,17 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    CHARACTERS,
-    Loader,
-    Result,
-    Where,
-    fit_and_test,
-    lines_of_code,
-    loader,
-    run,
-    trainer,
-)
+from _common import CHARACTERS, Loader, Result, Where, lines_of_code, loader, measure, run, trainer
 from torch import Tensor, nn
 
 from composefit import LoopModule, Mean
@@ -74,7 +64,7 @@ def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = Fa
     fitter = trainer(strategy, devices, max_steps=steps, accumulate_grad_batches=2)
     _, lines = lines_of_code(LENGTH)
     test = loader(lines[: 100 if quick else 1000], batch_size=200, shuffle=False)
-    return fit_and_test(fitter, module, batches, test, "bits a character", at_most=3.0)
+    return measure(fitter, module, batches, test, "bits a character", at_most=3.0)
 
 
 if __name__ == "__main__":

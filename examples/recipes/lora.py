@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from _common import CHARACTERS, Result, Where, fit_and_test, lines_of_code, run, trainer
+from _common import CHARACTERS, Result, Where, lines_of_code, measure, run, trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,8 +27,6 @@ LENGTH = 64
 
 
 class Causal(LoopModule):
-    """Trains whatever parameters of a model are trainable."""
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -67,7 +65,7 @@ def add_lora(model: nn.Module) -> None:
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if name.endswith("_proj"):
+            if isinstance(child, nn.Linear) and name.endswith("_proj"):
                 setattr(parent, name, LoRA(child))
 
 
@@ -80,13 +78,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model(width: int = 64, layers: int = 2) -> nn.Module:
     config = LlamaConfig(
-        vocab_size=len(CHARACTERS) + 1,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-    )
+        vocab_size=len(CHARACTERS) + 1, hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=LENGTH,
+    )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
@@ -113,11 +107,11 @@ def build(quick: bool = False) -> tuple[Causal, DataLoader[Any]]:
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, train = build(quick)
-    trainer(strategy, devices, max_steps=4 if quick else 150).fit(module, batches(code()))
+    trainer(strategy, devices, max_steps=4 if quick else 120).fit(module, batches(code()))
     add_lora(module.model)
-    fitter = trainer(strategy, devices, max_steps=4 if quick else 150)
+    fitter = trainer(strategy, devices, max_steps=4 if quick else 120)
     test = batches(prose()[: 100 if quick else 1000])
-    return fit_and_test(fitter, module, train, test, "bits a character", at_most=3.3)
+    return measure(fitter, module, train, test, "bits a character", at_most=3.3)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,7 @@ hidden characters are guessed, a mean over those; experts are kept equally busy,
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    CHARACTERS,
-    Loader,
-    Result,
-    Where,
-    fit_and_test,
-    lines_of_code,
-    loader,
-    run,
-    trainer,
-)
+from _common import CHARACTERS, Loader, Result, Where, lines_of_code, loader, measure, run, trainer
 from torch import Tensor, nn
 
 from composefit import Gather, LoopModule, Mean, Step
@@ -105,7 +95,7 @@ def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = Fa
     _, lines = lines_of_code(LENGTH)
     test = loader(lines[: 100 if quick else 1000], batch_size=200, shuffle=False)
     fitter = trainer(strategy, devices, max_steps=4 if quick else 200)
-    return fit_and_test(fitter, module, batches, test, "hidden characters found", at_least=0.35)
+    return measure(fitter, module, batches, test, "hidden characters found", at_least=0.35)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ MultiMNIST (Sabour, Frosst and Hinton, 2017): digits lie over each other, and bo
 
 import torch
 import torch.nn.functional as F
-from _common import Gradient, Loader, Result, Where, digits, fit_and_test, loader, run, trainer
+from _common import Gradient, Loader, Result, Where, digits, loader, measure, run, trainer
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
@@ -81,7 +81,7 @@ def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = Fa
     module, batches = build(quick)
     test = loader(*overlaid(*digits()[1], copies=1), batch_size=200, shuffle=False)
     fitter = trainer(strategy, devices, max_steps=4 if quick else 1000)
-    return fit_and_test(fitter, module, batches, test, "accuracy", at_least=0.8)
+    return measure(fitter, module, batches, test, "accuracy", at_least=0.8)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class PINN(LoopModule):
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         inside, edge, expected = batch
-        points = inside.requires_grad_()
+        points = inside.clone().requires_grad_()
         u = self(points)
         (slopes,) = torch.autograd.grad(u.sum(), points, create_graph=True)
         u_x, u_t = slopes.split(1, dim=1)

@@ -43,7 +43,8 @@ class PPO(LoopModule):
 
     def forward(self, state: Tensor) -> tuple[Categorical, Tensor]:
         """The policy, and what is expected to be earned, (n,)."""
-        return Categorical(logits=self.actor(state)), self.critic(state).squeeze(1)
+        policy = Categorical(logits=self.actor(state), validate_args=False)  # of no rows, too
+        return policy, self.critic(state).squeeze(1)
 
     def training_step(self, played: Played) -> Step:
         n = len(played[0])

@@ -4,6 +4,8 @@ Karras, Laine, Aittala, Hellsten, Lehtinen and Aila, Analyzing and Improving the
 StyleGAN (2020, arXiv:1912.04958). Reference: github.com/NVlabs/stylegan2-ada-pytorch.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from _common import Loader, Result, Where, digits, draw_digits, loader, run, trainer
@@ -13,7 +15,7 @@ from composefit import LoopModule, Once, Step
 from composefit.callbacks import EMA
 
 NOISE, STYLE, GROUP, SIZES = 32, 64, 4, (4, 8, 8)  # the sizes are those of the layers
-R1_EVERY, PATHS_EVERY, MIXED = 16, 4, 0.9
+R1_EVERY, PATHS_EVERY = 16, 4
 
 
 class StyleGAN2(LoopModule):
@@ -22,7 +24,8 @@ class StyleGAN2(LoopModule):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.mapping = nn.Sequential(nn.Linear(NOISE, STYLE), nn.LeakyReLU(0.2), nn.Linear(STYLE, STYLE))
+        first, last = nn.Linear(NOISE, STYLE), nn.Linear(STYLE, STYLE)
+        self.mapping = nn.Sequential(first, nn.LeakyReLU(0.2), last)
         self.synthesis = Synthesis(width)
         body = conv(1, width, 3), conv(width, width, 4), Spread(), conv(width + 1, width, 4)
         self.critic = nn.Sequential(*body, nn.Flatten(), nn.Linear(4 * width, 1))
@@ -55,11 +58,11 @@ class StyleGAN2(LoopModule):
         """Images (n, 1, 8, 8), and the styles that made them (n, layers, STYLE): often of two."""
         early, late = (self.mapping(self.random.normal(n, 1, NOISE)) for _ in range(2))
         coins = self.random.shared
-        at = int(coins.integers(low=1, high=3)) if coins.uniform() < MIXED else 3
+        at = int(coins.integers(low=1, high=3)) if coins.uniform() < 0.9 else 3
         styles = torch.cat([early.expand(-1, at, -1), late.expand(-1, 3 - at, -1)], 1)
         return self.synthesis(styles, [self.random.normal(n, 1, s, s) for s in SIZES]), styles
 
-    def path_lengths(self, fake: Tensor, styles: Tensor) -> Tensor:
+    def path_lengths(self, fake: Tensor, styles: Tensor) -> Any:
         direction = self.random.normal(*fake.shape) / fake[0].numel() ** 0.5
         (slope,) = torch.autograd.grad((fake * direction).sum(), styles, create_graph=True)
         return slope.square().sum(2).mean(1).sqrt()
@@ -68,7 +71,7 @@ class StyleGAN2(LoopModule):
         self.path_mean = self.path_mean.lerp(lengths.mean(), 0.1)
         return self.path_mean
 
-    def forward(self, noise: Tensor) -> Tensor:
+    def forward(self, noise: Tensor) -> Any:
         return self.synthesis(self.mapping(noise.unsqueeze(1)).expand(-1, 3, -1), [0.0] * 3)
 
 
@@ -78,18 +81,19 @@ class Synthesis(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.start, self.ink = nn.Parameter(torch.randn(width, 4, 4)), nn.Conv2d(width, 1, 1)
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in SIZES)
+        self.weights = nn.Parameter(torch.randn(3, width, width, 3, 3) / (9 * width) ** 0.5)
+        self.biases = nn.Parameter(torch.zeros(3, width, 1, 1))
+        self.loudness = nn.Parameter(torch.zeros(3))
         self.scales = nn.ModuleList(nn.Linear(STYLE, width) for _ in SIZES)
-        self.strengths = nn.Parameter(torch.zeros(len(SIZES)))
 
-    def forward(self, styles: Tensor, noise: list[Tensor] | list[float]) -> Tensor:
+    def forward(self, styles: Tensor, noise: list[Tensor] | list[float]) -> Any:
         x = self.start.expand(len(styles), -1, -1, -1)
-        for i, (conv, scale) in enumerate(zip(self.convs, self.scales, strict=True)):
+        for i, (weight, scale) in enumerate(zip(self.weights, self.scales, strict=True)):
             s = 1 + scale(styles[:, i])
             x = F.interpolate(x, size=(SIZES[i], SIZES[i]), mode="bilinear")
-            x = F.conv2d(x * s[:, :, None, None], conv.weight, padding=1)
-            x = x * (s.square() @ conv.weight.square().sum((2, 3)).T).rsqrt()[:, :, None, None]
-            x = F.leaky_relu(x + conv.bias[:, None, None] + self.strengths[i] * noise[i], 0.2)
+            x = F.conv2d(x * s[:, :, None, None], weight, padding=1)
+            x = x * (s.square() @ weight.square().sum((2, 3)).T).rsqrt()[:, :, None, None]
+            x = F.leaky_relu(x + self.biases[i] + self.loudness[i] * noise[i], 0.2)
         return self.ink(x)
 
 
@@ -112,7 +116,7 @@ def build(quick: bool = False) -> tuple[StyleGAN2, Loader]:
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
     average = EMA(0.98, ["mapping", "synthesis"])
-    fitter = trainer(strategy, devices, max_steps=4 if quick else 500, callbacks=average)
+    fitter = trainer(strategy, devices, max_steps=4 if quick else 400, callbacks=average)
     return draw_digits(fitter, module, batches, NOISE, target=15.0)
 
 

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from composefit import LoopModule, Step
 
-LENGTH, WINDOW = 256, 32
+LENGTH = 256  # of a piece of text, in characters
 
 
 class Recurrent(LoopModule):
+    window = 32
+
     def __init__(self, width: int = 96, characters: int = len(CHARACTERS)) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
@@ -38,8 +40,8 @@ class Recurrent(LoopModule):
 
     def training_step(self, batch: list[Tensor]) -> Step:
         (text,), state = batch, None
-        for start in range(0, text.shape[1] - 1, WINDOW):
-            losses, state = self(text[:, start : start + WINDOW + 1], state)
+        for start in range(0, text.shape[1] - 1, self.window):
+            losses, state = self(text[:, start : start + self.window + 1], state)
             yield losses.mean()
             state = state.detach()
 

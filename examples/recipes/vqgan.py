@@ -8,18 +8,7 @@ github.com/CompVis/taming-transformers. Without the perceptual loss, which needs
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    Gradient,
-    Loader,
-    Result,
-    Where,
-    digits,
-    fit_and_test,
-    loader,
-    norm,
-    run,
-    trainer,
-)
+from _common import Gradient, Loader, Result, Where, digits, loader, measure, norm, run, trainer
 from torch import Tensor, nn
 
 from composefit import LoopModule, Once, Step
@@ -116,10 +105,9 @@ def build(quick: bool = False) -> tuple[VQGAN, Loader]:
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
-    _, (images, labels) = digits()
     fitter = trainer(strategy, devices, max_steps=4 if quick else 350)
-    test = loader(images, labels, batch_size=200, shuffle=False)
-    return fit_and_test(fitter, module, batches, test, "mean error of a pixel", at_most=0.2)
+    test = loader(*digits()[1], batch_size=200, shuffle=False)
+    return measure(fitter, module, batches, test, "mean error of a pixel", at_most=0.2)
 
 
 if __name__ == "__main__":

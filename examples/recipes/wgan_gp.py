@@ -43,7 +43,8 @@ class WGANGP(LoopModule):
     def gradient_penalty(self, real: Tensor, fake: Tensor) -> Tensor:
         between = torch.lerp(real, fake, self.random.uniform(len(real), 1, 1, 1))
         (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
-        return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        penalty: Tensor = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        return penalty
 
     def forward(self, noise: Tensor) -> Tensor:
         images: Tensor = self.generator(noise)

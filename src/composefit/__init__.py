@@ -1,5 +1,7 @@
 """composefit trains PyTorch models: a step says what it means, a strategy how it is carried out."""
 
+from typing import TYPE_CHECKING, Any
+
 from composefit.callbacks import Callback
 from composefit.data_parallel import DataParallel
 from composefit.data import PerRank
@@ -22,12 +24,16 @@ from composefit.strategies import (
 from composefit.trainer import Trainer
 from composefit.updates import Update
 
+if TYPE_CHECKING:
+    from composefit.strategies.fully_sharded import FullySharded
+
 __all__ = [
     "Callback",
     "DataModule",
     "DataParallel",
     "Distributed",
     "Effect",
+    "FullySharded",
     "Gather",
     "Image",
     "Loop",
@@ -46,3 +52,12 @@ __all__ = [
     "Update",
     "seed_everything",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`FullySharded` when it is asked for: torch's sharding takes a second to import."""
+    if name == "FullySharded":
+        from composefit.strategies.fully_sharded import FullySharded
+
+        return FullySharded
+    raise AttributeError(f"module 'composefit' has no attribute {name!r}")

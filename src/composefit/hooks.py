@@ -116,6 +116,7 @@ class HookCaller:
         self._found: dict[str, _Found] = {}
         self._told = False
         self.exception: BaseException | None = None
+        self.rows: Rows | None = None  # those of the batch that hooks see
         _refuse_uncalled(module)
         _refuse_generators(module, _HOOKS)
         for callback in self._callbacks:
@@ -225,11 +226,18 @@ class HookCaller:
         Its `outputs` are set within the span and given to the end hooks.
         """
         if len(batches) == 1:  # at nearly every step, so it is worth a case of its own
-            own = [(_shown(batches[0]), first, *more)]
+            own = [(self._shown(batches[0]), first, *more)]
         else:
-            own = [(_shown(batch), i, *more) for i, batch in enumerate(batches, first)]
+            own = [(self._shown(batch), i, *more) for i, batch in enumerate(batches, first)]
         begin, end = _BATCH_HOOKS[stage]
         return Span(self, begin, end, own, None, stage != "train", False, True)
+
+    def _shown(self, batch: Any) -> Any:
+        """What hooks see of a batch: where a rank has rows of it, these."""
+        if type(batch) is not Rows:
+            return batch
+        self.rows = batch
+        return batch.batch
 
     def batch_interval(self, stage: str) -> float:
         """Batch hooks are wanted once in so many seconds; 0: at every batch, infinity: hardly."""
@@ -466,8 +474,3 @@ def _fitted(hook: Callable[..., Any], count: int, first: tuple[Any, ...]) -> Cal
         return bound
     rest = max(takes - len(first), 0)
     return lambda *arguments: bound(*arguments[:rest])
-
-
-def _shown(batch: Any) -> Any:
-    """What hooks see of a batch: where a rank has rows of it, these."""
-    return batch.batch if type(batch) is Rows else batch

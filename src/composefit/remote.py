@@ -237,7 +237,7 @@ def _send_back(
         return None
 
     def parts() -> Iterator[Any]:
-        yield {name: vars(trainer)[name] for name in (*_POSITION, *_LEFT) if name != "datamodule"}
+        yield {name: vars(trainer)[name] for name in (*_POSITION, *_LEFT)}
         yield trainer.current_epoch, trainer.evaluation.logs, trainer.evaluation.numbers
         trained = {name: vars(trainer)[name] for name in _TRAINED}
         yield {n: None if mirror.refusal(value) else value for n, value in trained.items()}

@@ -16,7 +16,6 @@ import torch
 from composefit import arguments, checkpoint, remote, report, snapshot
 from composefit.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
 from composefit.data import Batches
-from composefit.data.rows import Rows
 from composefit.datamodule import DataModule
 from composefit.evaluation import Evaluation
 from composefit.history import History
@@ -692,10 +691,9 @@ class Trainer:
     def describe_batch(self, batch: Any) -> str | None:
         """How a loader's batch is cut, `32 = 2 threads x 16`; None where its size is not known."""
         assert self.module is not None
-        if isinstance(batch, Rows):
-            if batch.sizes is not None:
-                return self.strategy.describe(sum(batch.sizes))
-            return None
+        rows = self.call.rows
+        if rows is not None and rows.batch is batch:  # the hooks see no more of it
+            return None if rows.sizes is None else self.strategy.describe(sum(rows.sizes))
         try:
             samples = batch_size(self.module, batch)
         except (TypeError, ValueError):  # if somebody needs the size, the step will say so

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from composefit.ranks.world import Says
+
 Result = TypeVar("Result")
 
 #: Seconds after which a rank that waits alone fails.
@@ -30,6 +32,7 @@ class FakeWorld:
         self.size = size
         self.device = torch.device("cpu")
         self.closed = False
+        self.mine, self.agreed = Says(), Says()
         self.places: list[str] = []
         self._meeting = meeting
         self._table = table
@@ -55,6 +58,15 @@ class FakeWorld:
         everyone = self.gather("tensors to be added up", [tensor.clone() for tensor in tensors])
         for tensor, *parts in zip(tensors, *everyone, strict=True):
             tensor.copy_(torch.stack(parts).sum(0))
+
+    def first_here(self, function: Callable[[], None]) -> None:
+        if self.rank == 0:
+            function()
+        self.barrier("a turn that one rank of each machine takes")
+
+    def fail(self, error: BaseException) -> bool:
+        self.closed = True
+        return False
 
     def barrier(self, what: str) -> None:
         self.gather(what, None)

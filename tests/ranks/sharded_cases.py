@@ -11,16 +11,19 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as Split
 from torch.optim import Optimizer
 
-from composefit import LoopModule
+from composefit import LoopModule, sharded_checkpoint
 from composefit.lockstep import gradients
 from composefit.lockstep.guards import StaleWeights
 from composefit.random import recomputation
@@ -114,7 +117,7 @@ class Plain(LoopModule):
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         layers += [nn.Tanh()] * (i > 0) + [nn.Linear(a, b)]
     return nn.Sequential(*layers).double()
 
@@ -181,7 +184,6 @@ def gan(
     kind: str = "sgd",
     critic_steps: int = 1,
     limit: float | None = None,
-    steps: int = 4,
     **arguments: Any,
 ) -> dict[str, Any]:
     start, plain, module = gan_module(), gan_module(), gan_module()
@@ -189,45 +191,29 @@ def gan(
     hand = ByHand(strategy, module)
     g, c = adam_or_sgd(kind, module.generator), adam_or_sgd(kind, module.critic)
     pg, pc = adam_or_sgd(kind, plain.generator), adam_or_sgd(kind, plain.critic)
-    counts: list[Counter[str]] = []
-    for i in range(steps):
+    counts: dict[str, Counter[str]] = {}
+    turns = ["critic"] * critic_steps
+    turns = [*turns, "generator"] if order == "critic" else ["generator", *turns]
+    for i in range(4):
         z, real = draw(7, 3, seed=i), draw(7, 5, seed=50 + i)
-        fake = module.generator(rows(z))
         share = len(rows(z)) / 7
-
-        def critic() -> None:
-            for _ in range(critic_steps):
+        fake, plain_fake = module.generator(rows(z)), plain.generator(z)
+        for turn in turns:
+            if turn == "critic":
                 loss = loss_critic(module.critic, rows(real), fake)
-                with counted() as found:
-                    hand.update("critic", c, (loss, share), retain=True, limit=limit)
-                counts.append(found)
-
-        def generator() -> None:
-            loss = loss_generator(module.critic, fake)
-            with counted() as found:
-                hand.update("generator", g, (loss, share), retain=True, limit=limit)
-            counts.append(found)
-
-        def by_hand(which: str, fake: Tensor) -> None:
-            for _ in range(critic_steps if which == "critic" else 1):
-                if which == "critic":
-                    take(loss_critic(plain.critic, real, fake), pc, retain=True)
-                    optimizer, net = pc, plain.critic
-                else:
-                    take(loss_generator(plain.critic, fake), pg, retain=True)
-                    optimizer, net = pg, plain.generator
-                if limit is not None:
-                    torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
-                optimizer.step()
-
-        first, second = (critic, generator) if order == "critic" else (generator, critic)
-        first()
-        second()
-        plain_fake = plain.generator(z)
-        by_hand(order, plain_fake)
-        by_hand("generator" if order == "critic" else "critic", plain_fake)
+                plain_loss = loss_critic(plain.critic, real, plain_fake)
+            else:
+                loss = loss_generator(module.critic, fake)
+                plain_loss = loss_generator(plain.critic, plain_fake)
+            own, by_hand = (c, pc) if turn == "critic" else (g, pg)
+            with counted() as counts[turn]:
+                hand.update(turn, own, (loss, share), retain=True, limit=limit)
+            take(plain_loss, by_hand, retain=True)
+            if limit is not None:
+                torch.nn.utils.clip_grad_norm_(by_hand.param_groups[0]["params"], limit)
+            by_hand.step()
         strategy.end_step(module)
-    return {**compare(module, plain, start), "counts": [dict(one) for one in counts[:2]]}
+    return {**compare(module, plain, start), "counts": {n: dict(c) for n, c in counts.items()}}
 
 
 @contextmanager
@@ -286,8 +272,8 @@ def units_within_children() -> dict[str, Any]:
 
 
 @case
-def weights_kept_until_the_backward() -> dict[str, Any]:
-    return gan("generator", reshard_after_forward=None)
+def weights_freed_after_each_forward() -> dict[str, Any]:
+    return gan("generator", reshard_after_forward=True)
 
 
 @case
@@ -507,7 +493,7 @@ def a_parameter_that_only_one_rank_reaches() -> dict[str, Any]:
             out = self.a(x)
             return out + self.b(x) if second else out
 
-    start, plain, module = (Plain(net=Two()) for _ in range(3))
+    plain, module = (Plain(net=Two()) for _ in range(2))
     strategy = sharded(module)
     hand = ByHand(strategy, module)
     o = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -691,7 +677,7 @@ def parameters_at_hooks_are_the_sharded_ones() -> dict[str, Any]:
 
 
 @case
-def one_batch_over_unfrozen_parameters() -> dict[str, Any]:
+def parameters_that_are_unfrozen_later() -> dict[str, Any]:
     start, plain, module = gan_module(), gan_module(), gan_module()
     for m in (plain, module):
         m.critic[0].requires_grad_(False)
@@ -781,6 +767,89 @@ def the_weights_of_an_evaluation_do_not_stay() -> dict[str, Any]:
     return {"other": not torch.equal(before, other), "back": torch.equal(before, after.detach())}
 
 
+@case
+def written_while_gathered() -> dict[str, Any]:
+    module = gan_module()
+    strategy = sharded(module)
+    module.critic(draw(6, 5, seed=0))  # and no backward: the weights are there
+    with torch.no_grad():
+        module.critic[0].weight.mul_(2)
+    try:
+        strategy.end_step(module)
+    except RuntimeError as error:
+        return {"raised": str(error)}
+    return {"raised": ""}
+
+
+@case
+def an_in_place_operation_on_what_a_unit_returns() -> dict[str, Any]:
+    start, plain, module = gan_module(), gan_module(), gan_module()
+    strategy = sharded(module, policy=nn.Linear)
+    hand = ByHand(strategy, module)
+    c, pc = adam_or_sgd("sgd", module.critic), adam_or_sgd("sgd", plain.critic)
+    for i in range(3):
+        x = draw(6, 2, 5, seed=i)
+        losses = []
+        for net, part in ((module.critic, rows(x)), (plain.critic, x)):
+            hidden = net[0](part)
+            hidden += 1  # a view, where the input has three dimensions
+            losses.append(net[4](net[2](hidden.tanh()).tanh()).pow(2).mean())
+        hand.update("critic", c, (losses[0], 0.5))
+        take(losses[1], pc)
+        pc.step()
+        strategy.end_step(module)
+    return compare(module.critic, plain.critic, start.critic)
+
+
 def run_case(name: str) -> dict[str, Any]:
     """Called on every rank."""
     return CASES[name]()
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def _mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def _numbers(name: str, shape: Sequence[int]) -> Tensor:
+    size = torch.Size(shape)
+    return torch.arange(size.numel(), dtype=torch.float64).view(size) + len(name)
+
+
+def save_case(path: str) -> None:
+    """Writes two sharded tensors, of which some ranks may have no rows, and a whole one."""
+    world = FullySharded(accelerator="cpu", timeout=20).world
+    mesh = _mesh()
+    tensors: dict[str, Tensor] = {
+        name: distribute_tensor(_numbers(name, shape), mesh, [Split(0)], src_data_rank=None)
+        for name, shape in (("weight", (7, 5)), ("bias", (1,)))
+    }
+    tensors["whole"] = _numbers("whole", (3,))
+    sharded_checkpoint.save(path, {"step": 3}, tensors, world)
+
+
+def load_case(path: str) -> bool:
+    """Reads this rank's rows; whether they are right."""
+    world = FullySharded(accelerator="cpu", timeout=20).world
+    mesh = _mesh()
+
+    def place(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if name == "whole":
+            return torch.empty(shape, dtype=dtype)
+        return torch.distributed.tensor.empty(
+            shape, dtype=dtype, device_mesh=mesh, placements=[Split(0)]
+        )
+
+    state, tensors = sharded_checkpoint.load(path, place, world)
+    wanted = {n: _numbers(n, t.shape) for n, t in tensors.items()}
+    right = state == {"step": 3} and sorted(tensors) == ["bias", "weight", "whole"]
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            wanted[name] = distribute_tensor(
+                wanted[name], mesh, [Split(0)], src_data_rank=None
+            ).to_local()
+            tensor = tensor.to_local()
+        right = right and torch.equal(tensor, wanted[name])
+    return right

@@ -53,12 +53,17 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-    elastic = logging.getLogger("torch.distributed.elastic")
+    loggers = [
+        logging.getLogger(name)
+        for name in logging.root.manager.loggerDict
+        if name.startswith("torch.distributed.elastic")
+    ]
 
     def state() -> Any:
         handlers = [signal.getsignal(number) for number in numbers]
         variables = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-        return handlers, variables, elastic.level, threading.active_count()
+        quiet = [logger.disabled for logger in loggers]
+        return handlers, variables, quiet, threading.active_count()
 
     before = state()
     yield
@@ -151,6 +156,12 @@ def test_ranks_have_the_settings_of_the_caller(looked: Any) -> None:
         assert one.seen["dtype"] is torch.float64
         assert one.seen["arguments"] == sys.argv
         assert one.seen["threads"] == os.environ["OMP_NUM_THREADS"], "what the user has set stays"
+
+
+def test_the_launcher_of_torch_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit):
+        launch(sys.exit, 1, 1)
+    assert caplog.records == []
 
 
 def test_a_warning_of_rank_0_is_shown_once(looked: Any) -> None:

@@ -113,21 +113,13 @@ def test_mean_and_sum_add_up_over_ranks() -> None:
 
 def test_nan_shows() -> None:
     def write(logs: Logs, rank: int) -> None:
-        logs.add([shard(1, x=math.nan if rank else 1.0, y=(math.nan if rank else 1.0, "max"))])
-
-    def with_max(logs: Logs, rank: int) -> None:
         value = math.nan if rank else 1.0
         logs.add([shard(1, x=value, y=(value, options("max")))])
 
-    assert all(ranks(2, lambda world: _all_nan(world, with_max)))
+    def on_nan(logs: Logs) -> list[bool]:
+        return [math.isnan(value) for value in logs.all_values().values()]
 
-
-def _all_nan(world: Any, write: Any) -> bool:
-    logs = Logs()
-    write(logs, world.rank)
-    logs.exchange(world)
-    logs.end_epoch()
-    return all(math.isnan(value) for value in logs.all_values().values())
+    assert agreed(2, write, on_nan) == [True] * 6
 
 
 def test_a_name_that_one_rank_logs_is_known_to_all_and_nothing_hangs() -> None:

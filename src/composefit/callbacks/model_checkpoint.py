@@ -44,8 +44,9 @@ class ModelCheckpoint(Callback):
     overwritten: the new file gets `-v1`, `-v2`, ... at its end (`last.ckpt` is: it is the latest).
 
     With several ranks all of them decide alike, by values and a clock that they share; rank 0
-    chooses the names, writes, and deletes. An error on one rank leaves the others without it, so that
-    nothing more can be saved: it gets a note of which checkpoint is the last.
+    chooses the names, writes, and deletes. Where they do not end at the same place (one has failed,
+    and the others wait for it), nothing more can be saved: the error gets a note of which
+    checkpoint is the last.
 
     A file knows of itself: in the state that it holds, `best_model_path` is already what the save
     has made it. If writing fails, everything is as before.

@@ -228,18 +228,18 @@ def _quiet() -> Iterator[None]:
     """
     name = "TORCHELASTIC_SIGNALS_TO_HANDLE"
     before = os.environ.get(name)
-    silenced = []
+    noisy: list[logging.Logger] = []
     if "LOGLEVEL" not in os.environ:
-        loggers = [one for one in logging.root.manager.loggerDict if one.startswith(_NOISY)]
-        for one in {*loggers, *_NOISY}:
-            logger = logging.getLogger(one)
-            silenced.append((logger, logger.level))
-            logger.setLevel(logging.CRITICAL + 1)
+        known = [one for one in logging.root.manager.loggerDict if one.startswith(_NOISY)]
+        noisy = [logging.getLogger(one) for one in {*known, _EVENTS}]
+    were_disabled = [logger.disabled for logger in noisy]
+    for logger in noisy:
+        logger.disabled = True
     try:
         yield
     finally:
-        for logger, level in silenced:
-            logger.setLevel(level)
+        for logger, disabled in zip(noisy, were_disabled, strict=True):
+            logger.disabled = disabled
         if before is None:
             os.environ.pop(name, None)
         else:
@@ -247,3 +247,4 @@ def _quiet() -> Iterator[None]:
 
 
 _NOISY = ("torch.distributed.elastic", "torch.distributed.launcher")
+_EVENTS = "torchelastic-events-null"  # made when it is first used, with a level of its own

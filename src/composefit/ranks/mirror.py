@@ -89,7 +89,7 @@ class Sent:
         elif hasattr(obj, "__setstate__"):
             obj.__setstate__(content)
         else:
-            vars(obj).update(content)
+            _replace(vars(obj), content, left_out | _kept_back(obj))
 
 
 class Mirror:
@@ -238,13 +238,19 @@ def _content(obj: Any) -> Any:
     keeps_back = _keeps_back(type(obj))
     if keeps_back and not isinstance(obj, nn.Module) and hasattr(obj, "__setstate__"):
         return obj.__getstate__()
-    if keeps_back:  # what it pickles differently from what it has is not for others
-        state = obj.__getstate__()
-        attributes = {k: v for k, v in attributes.items() if state.get(k, _NOTHING) is v}
+    if keeps_back:
+        own = _kept_back(obj)
+        attributes = {key: value for key, value in attributes.items() if key not in own}
     if not isinstance(obj, nn.Module):
         return dict(attributes)
     content = {key: value for key, value in attributes.items() if key not in _HOOKS}
     return content | {name: dict(content[name]) for name in _TABLES}
+
+
+def _kept_back(obj: Any) -> set[str]:
+    """Attributes that an object pickles otherwise than it has them: they are not for others."""
+    state = obj.__getstate__()
+    return {key for key, value in vars(obj).items() if state.get(key, _NOTHING) is not value}
 
 
 _NOTHING = object()
@@ -300,7 +306,7 @@ def _refill(container: Any, content: Any) -> None:
 def _replace(attributes: dict[str, Any], content: dict[str, Any], left_out: set[str]) -> None:
     for name in [name for name in attributes if name not in content and name not in left_out]:
         del attributes[name]
-    attributes.update(content)
+    attributes.update({name: value for name, value in content.items() if name not in left_out})
 
 
 def _refill_module(module: nn.Module, content: dict[str, Any], left_out: set[str]) -> None:
@@ -314,6 +320,5 @@ def _refill_module(module: nn.Module, content: dict[str, Any], left_out: set[str
                 new[key] = mine
         _replace(own, new, left_out)
     if _keeps_back(type(module)):
-        vars(module).update(content)
-    else:
-        _replace(vars(module), content, left_out | _HOOKS | set(_TABLES))
+        left_out = left_out | _kept_back(module)
+    _replace(vars(module), content, left_out | _HOOKS | set(_TABLES))

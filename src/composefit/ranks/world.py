@@ -9,8 +9,8 @@ data on its way nor for a GPU.
 from __future__ import annotations
 
 import atexit
+import io
 import os
-import pickle
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -172,7 +172,7 @@ class World:
             what: the place, in words.
             value: is pickled; its tensors must be on the CPU.
         """
-        mine = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+        mine = _packed(value)
         sizes = [int(size) for (size,) in self.agree(what, len(mine))]
         room = max(sizes)
         if not room:
@@ -182,7 +182,7 @@ class World:
         got = [torch.empty(room, dtype=torch.uint8) for _ in range(self.size)]
         self._waited(dist.all_gather(got, sent, group=self.control, async_op=True), lambda: what)
         return [
-            pickle.loads(one[:size].numpy().tobytes()) for one, size in zip(got, sizes, strict=True)
+            _unpacked(one[:size].numpy().tobytes()) for one, size in zip(got, sizes, strict=True)
         ]
 
     def broadcast(self, what: str, value: Any) -> Any:
@@ -484,6 +484,25 @@ def _close() -> None:
     if dist.is_initialized():
         with suppress(Exception):
             dist.destroy_process_group()
+
+
+# -- objects as bytes --------------------------------------------------------------------------
+
+
+def _packed(value: Any) -> bytes:
+    """A value that another rank of this job unpacks."""
+    if isinstance(value, bytes):
+        return b"b" + value
+    packed = io.BytesIO()
+    packed.write(b"t")
+    torch.save(value, packed)
+    return packed.getvalue()
+
+
+def _unpacked(packed: bytes) -> Any:
+    if packed[:1] == b"b":
+        return packed[1:]
+    return torch.load(io.BytesIO(packed[1:]), map_location="cpu", weights_only=False)
 
 
 # -- tensors in one piece ----------------------------------------------------------------------

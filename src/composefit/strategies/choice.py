@@ -77,6 +77,11 @@ def _processes(strategy: str, kind: str, devices: object) -> Strategy:
     """Data-parallel or sharded processes, one for each device."""
     if kind == "mps":
         raise ValueError(f"strategy={strategy!r} runs on CUDA or CPUs: write accelerator='cpu'")
+    if strategy == "fsdp":
+        # Here: it takes a second to import, and most runs do without.
+        from composefit.strategies.fully_sharded import FullySharded
+
+        return FullySharded(_number(devices), accelerator=kind)
     return Distributed(_number(devices), kind)
 
 

@@ -14,6 +14,7 @@ weights which that graph goes through: of the units that it reaches they stay un
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -142,13 +143,17 @@ class FullySharded(Distributed):
                 f"{type(module).__name__} itself was sharded with fully_shard: its step uses its "
                 "children, so that its own weights would not be there; shard the children"
             )
+        # It warns of an in-place operation on a view that a unit returns, which loses the hook that
+        # gathers its weights again. Here that is no wrong gradient: what is not there raises.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         gather_once(roots_of(module))
         groups = list(groups_of(module))
+        recurrent: set[int] = set()
         for group in groups:
             for one in group.parameters:
                 self._by_parameter[id(one.parameter)] = one
                 self._by_leaf[id(one.leaf)] = one
-            self._prepare(world, group)
+            self._prepare(world, group, recurrent)
         self._groups[module] = groups
 
     def _shard(self, world: World, units: Units, dtype: torch.dtype | None) -> None:
@@ -201,7 +206,7 @@ class FullySharded(Distributed):
             self._sums = dist.new_group(backend=backend, timeout=limit)
         return self._mesh
 
-    def _prepare(self, world: World, group: Group) -> None:
+    def _prepare(self, world: World, group: Group, recurrent: set[int]) -> None:
         group.gather_by(_Gathering(world))
         for unit in group.units:
             unit.register_forward_hook(_Watch(self, group))
@@ -209,7 +214,8 @@ class FullySharded(Distributed):
                 if part._parameters and not isinstance(part._parameters, _Shown):
                     # FSDP2 exchanges whole and sharded parameters in this dict.
                     part.__dict__["_parameters"] = _Shown(part._parameters)
-                if isinstance(part, nn.RNNBase) and not part._forward_pre_hooks:
+                if isinstance(part, nn.RNNBase) and id(part) not in recurrent:
+                    recurrent.add(id(part))
                     part.register_forward_pre_hook(_show_weights)
 
     # -- gradients -----------------------------------------------------------------------------
@@ -269,9 +275,11 @@ class FullySharded(Distributed):
     def stepped(self, parameters: Sequence[Parameter]) -> None:
         """These parameters have changed: gathered weights are old, and so are graphs."""
         found = [one for p in parameters if (one := self._by_parameter.get(id(p))) is not None]
-        torch.autograd.graph.increment_version([one.leaf for one in found])
-        for group in {one.group for one in found}:
+        for group in dict.fromkeys(one.group for one in found):
             self._release(group)
+        torch.autograd.graph.increment_version([one.leaf for one in found])
+        for one in found:
+            one.version = one.leaf._version
 
     def end_step(self, module: nn.Module) -> None:
         """Between two steps every unit shows its sharded parameters, also after an error."""
@@ -289,6 +297,7 @@ class FullySharded(Distributed):
         group.keep_after_backward(True)
 
     def _release(self, group: Group) -> None:
+        group.refuse_writes()
         if group in self._held:
             self._held.discard(group)
             group.keep_after_backward(False)
@@ -336,16 +345,18 @@ class _Watch:
     def __init__(self, strategy: FullySharded, group: Group) -> None:
         self.strategy = strategy
         self.group = group
+        self.watched = False
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """After the forward of a unit."""
-        if torch.is_grad_enabled():
-            state.map_tensors(self._watch, output)
-        else:  # no backward will free the weights, and they may be others at the next call
+        self.watched = False
+        state.map_tensors(self._watch, output)
+        if not self.watched:  # no backward will free the weights, and others may come meanwhile
             self.group.reshard()
 
     def _watch(self, tensor: Tensor) -> Tensor:
-        if tensor.requires_grad:
+        if tensor.requires_grad and torch.is_grad_enabled():
+            self.watched = True
             tensor.register_hook(self._passed)
         return tensor
 

@@ -26,6 +26,7 @@ class ShardedParameter:
             optimizers hold.
         leaf: the whole one, which stands in the module while it is called, and is a leaf of the
             graph. The same object for good; its memory comes and goes.
+        version: the leaf's version counter; gathering does not move it, updates are made to.
         rows: how many rows (of dimension 0) each rank has, the last ones perhaps fewer.
     """
 
@@ -41,6 +42,7 @@ class ShardedParameter:
                 "dimension 0 over one mesh: leave shard_placement_fn and further meshes out"
             )
         self.rows: int = fsdp_param.padded_sharded_param_size[0]
+        self.version = self.leaf._version
 
     def local(self, numbers: Tensor) -> DTensor:
         """This rank's rows of a tensor like the parameter, out of a flat one that may be padded."""
@@ -76,6 +78,22 @@ class Group:
         """Give the whole parameters' memory back, if there is any."""
         if not self._fsdp_group.is_sharded:
             self._fsdp_group._to_sharded()
+
+    def refuse_writes(self) -> None:
+        """Refuse what somebody has written into whole parameters, since it would be lost.
+
+        Raises:
+            RuntimeError: it says where the parameters can be written.
+        """
+        for one in self.parameters:
+            if one.leaf._version != one.version:
+                one.version = one.leaf._version
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(one.leaf.shape)} of a sharded "
+                    f"{type(self.units[0]).__name__} was written while it was gathered, between "
+                    "its call and its update, where it is a copy: write it in "
+                    "on_after_optimizer_step of its own optimizer, or between steps"
+                )
 
     def keep_after_backward(self, keep: bool) -> None:
         """Whether the whole parameters stay after a backward through the unit."""

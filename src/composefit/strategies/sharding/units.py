@@ -70,8 +70,8 @@ def choose_units(module: nn.Module, policy: Policy) -> Units | None:
     """Choose what to shard.
 
     Every child of the module is a unit (of a list, every item), and within it what the policy
-    names. A parameter stays whole if it belongs to several units, to none (the module's own), or
-    has no dimension to cut.
+    names. A parameter stays whole if it belongs to several units, to none (the module's own), has
+    no dimension to cut, or gets sparse gradients.
 
     Args:
         module: the owner; never a unit itself.
@@ -108,10 +108,18 @@ def choose_units(module: nn.Module, policy: Policy) -> Units | None:
         roots = {id(unit): _roots_of(unit, tops) for unit in units}
         units = [unit for unit in units if roots[id(unit)] == 1]
     owners = _owners(module, units)
+    sparse = {
+        part.weight
+        for part in module.modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse
+    }
     whole = [
         parameter
         for parameter in module.parameters()
-        if len(found := owners[parameter]) > 1 or None in found or not parameter.dim()
+        if len(found := owners[parameter]) > 1
+        or None in found
+        or not parameter.dim()
+        or parameter in sparse
     ]
     apart = set(whole)
     managed = {owner for p, found in owners.items() if p not in apart for owner in found}
