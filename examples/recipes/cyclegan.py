@@ -53,13 +53,10 @@ class ImagePool(nn.Module):
     Half of the images that come in take the place of an old one, which comes out instead.
     """
 
-    images: Tensor
-    held: Tensor
-
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.register_buffer("images", torch.zeros(size, 1, 8, 8))
-        self.register_buffer("held", torch.zeros((), dtype=torch.int64))
+        self.images: Tensor = nn.Buffer(torch.zeros(size, 1, 8, 8))
+        self.held: Tensor = nn.Buffer(torch.zeros((), dtype=torch.int64))
 
     def exchange(self, images: Tensor) -> Tensor:
         out = images.clone()

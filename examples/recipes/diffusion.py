@@ -16,14 +16,11 @@ TIMES = 50
 
 
 class Diffusion(LoopModule):
-    betas: Tensor
-    kept: Tensor
-
     def __init__(self, width: int = 256) -> None:
         super().__init__()
         self.network = Denoiser(width)
-        self.register_buffer("betas", torch.linspace(1e-3, 0.2, TIMES))
-        self.register_buffer("kept", (1 - self.betas).cumprod(0))  # how much of an image is left
+        self.betas = nn.Buffer(torch.linspace(1e-3, 0.2, TIMES))
+        self.kept = nn.Buffer((1 - self.betas).cumprod(0))  # how much of an image is left
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.network.parameters(), lr=2e-3)

@@ -36,7 +36,7 @@ class MixtureOfExperts(LoopModule):
         sent = F.one_hot(chances.argmax(2), chances.shape[2]).sum(0)
         sent = (yield from Gather(sent[None]))[0].sum(0)  # by everybody, (layers, experts)
         share = sent / sent.sum(1, keepdim=True)
-        busy = (chances.shape[2] * share * chances.sum(0)).sum()
+        busy = chances.shape[2] * (share * chances.sum(0)).sum()
         return Mean(guessed, hidden.sum()) + 0.01 * Mean(busy, routed.sum())
 
     def hide(self, ids: Tensor) -> Tensor:

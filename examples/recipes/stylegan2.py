@@ -20,23 +20,19 @@ R1_EVERY, PATHS_EVERY = 16, 4
 
 class StyleGAN2(LoopModule):
     samples_per_group = GROUP  # the critic looks at the spread within groups of samples
-    path_mean: Tensor
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        first, last = nn.Linear(NOISE, STYLE), nn.Linear(STYLE, STYLE)
-        self.mapping = nn.Sequential(first, nn.LeakyReLU(0.2), last)
-        self.synthesis = Synthesis(width)
+        self.generator = Generator(width)
         body = conv(1, width, 3), conv(width, width, 4), Spread(), conv(width + 1, width, 4)
         self.critic = nn.Sequential(*body, nn.Flatten(), nn.Linear(4 * width, 1))
-        self.register_buffer("path_mean", torch.zeros(()))
+        self.path_mean: Tensor = nn.Buffer(torch.zeros(()))
 
     def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        made = [*self.mapping.parameters(), *self.synthesis.parameters()]
         c, g = R1_EVERY / (R1_EVERY + 1), PATHS_EVERY / (PATHS_EVERY + 1)  # the extra steps count
         return {
             "critic": torch.optim.Adam(self.critic.parameters(), 5e-3 * c, (0.0, 0.99**c)),
-            "generator": torch.optim.Adam(made, 5e-3 * g, (0.0, 0.99**g)),
+            "generator": torch.optim.Adam(self.generator.parameters(), 5e-3 * g, (0.0, 0.99**g)),
         }
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Step:
@@ -44,7 +40,10 @@ class StyleGAN2(LoopModule):
         fake, _ = self.draw(len(real))
         yield {"generator": F.softplus(-self.critic(fake)).mean()}
         if self.global_step % PATHS_EVERY == 0:
-            lengths = self.path_lengths(*self.draw(len(real)))
+            fake, styles = self.draw(len(real))
+            direction = self.random.normal(*fake.shape) / fake[0].numel() ** 0.5
+            (slope,) = torch.autograd.grad((fake * direction).sum(), styles, create_graph=True)
+            lengths = slope.square().sum(2).mean(1).sqrt()
             mean = yield from Once(self.follow, lengths)
             yield {"generator": PATHS_EVERY * 0.1 * (lengths - mean).square().mean()}
         fake, _ = self.draw(len(real))
@@ -56,37 +55,34 @@ class StyleGAN2(LoopModule):
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """Images (n, 1, 8, 8), and the styles that made them (n, layers, STYLE): often of two."""
-        early, late = (self.mapping(self.random.normal(n, 1, NOISE)) for _ in range(2))
+        early, late = (self.generator.mapping(self.random.normal(n, 1, NOISE)) for _ in range(2))
         coins = self.random.shared
         at = int(coins.integers(low=1, high=3)) if coins.uniform() < 0.9 else 3
         styles = torch.cat([early.expand(-1, at, -1), late.expand(-1, 3 - at, -1)], 1)
-        return self.synthesis(styles, [self.random.normal(n, 1, s, s) for s in SIZES]), styles
-
-    def path_lengths(self, fake: Tensor, styles: Tensor) -> Any:
-        direction = self.random.normal(*fake.shape) / fake[0].numel() ** 0.5
-        (slope,) = torch.autograd.grad((fake * direction).sum(), styles, create_graph=True)
-        return slope.square().sum(2).mean(1).sqrt()
+        return self.generator(styles, [self.random.normal(n, 1, s, s) for s in SIZES]), styles
 
     def follow(self, lengths: Tensor) -> Tensor:
         self.path_mean = self.path_mean.lerp(lengths.mean(), 0.1)
         return self.path_mean
 
     def forward(self, noise: Tensor) -> Any:
-        return self.synthesis(self.mapping(noise.unsqueeze(1)).expand(-1, 3, -1), [0.0] * 3)
+        return self.generator(self.generator.mapping(noise.unsqueeze(1)).expand(-1, 3, -1))
 
 
-class Synthesis(nn.Module):
+class Generator(nn.Module):
     """Convolutions whose weights each sample's styles scale, and then norm (section 2.2)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        first, last = nn.Linear(NOISE, STYLE), nn.Linear(STYLE, STYLE)
+        self.mapping = nn.Sequential(first, nn.LeakyReLU(0.2), last)
         self.start, self.ink = nn.Parameter(torch.randn(width, 4, 4)), nn.Conv2d(width, 1, 1)
         self.weights = nn.Parameter(torch.randn(3, width, width, 3, 3) / (9 * width) ** 0.5)
         self.biases = nn.Parameter(torch.zeros(3, width, 1, 1))
         self.loudness = nn.Parameter(torch.zeros(3))
         self.scales = nn.ModuleList(nn.Linear(STYLE, width) for _ in SIZES)
 
-    def forward(self, styles: Tensor, noise: list[Tensor] | list[float]) -> Any:
+    def forward(self, styles: Tensor, noise: Any = (0.0, 0.0, 0.0)) -> Any:
         x = self.start.expand(len(styles), -1, -1, -1)
         for i, (weight, scale) in enumerate(zip(self.weights, self.scales, strict=True)):
             s = 1 + scale(styles[:, i])
@@ -115,8 +111,7 @@ def build(quick: bool = False) -> tuple[StyleGAN2, Loader]:
 
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
-    average = EMA(0.98, ["mapping", "synthesis"])
-    fitter = trainer(strategy, devices, max_steps=4 if quick else 400, callbacks=average)
+    fitter = trainer(strategy, devices, max_steps=4 if quick else 400, callbacks=EMA(0.98))
     return draw_digits(fitter, module, batches, NOISE, target=15.0)
 
 

@@ -58,13 +58,10 @@ class VQGAN(LoopModule):
 class Codebook(nn.Module):
     """Codes that are running means of what chose them."""
 
-    codes: Tensor
-    counts: Tensor
-
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        self.register_buffer("codes", torch.randn(size, width))
-        self.register_buffer("counts", torch.zeros(size))
+        self.codes: Tensor = nn.Buffer(torch.randn(size, width))
+        self.counts: Tensor = nn.Buffer(torch.zeros(size))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The closest code at each place of (n, width, h, w), and its number (n, h, w)."""

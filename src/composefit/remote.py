@@ -226,9 +226,9 @@ def _send_back(
     def special(obj: Any) -> Any:
         if obj is trainer:
             return "trainer"
-        if isinstance(obj, Strategy):
+        if obj is trainer.strategy:
             return "strategy"
-        if isinstance(obj, Lockstep | World | dist.ProcessGroup):
+        if isinstance(obj, Strategy | Lockstep | World | dist.ProcessGroup):
             return "nothing"
         if isinstance(obj, DTensor):
             if id(obj) not in whole:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from composefit.datamodule import DataModule
+from composefit.loggers.silent import Silent
 from composefit.module import LoopModule
 from composefit.profilers import Profiler
+from composefit.replicas import RankMetrics
 from composefit.settings import torch_settings
 from composefit.signals import Signals
 
@@ -51,6 +55,14 @@ def running(
         stack.enter_context(
             torch_settings(trainer.deterministic, trainer.benchmark, trainer.detect_anomaly)
         )
+        world = trainer.world
+        if world is not None:
+            stack.callback(setattr, trainer, "rank_metrics", None)
+            trainer.rank_metrics = stack.enter_context(RankMetrics(world, module))
+            if world.rank:
+                stack.callback(setattr, trainer, "loggers", trainer.loggers)
+                trainer.loggers = [Silent(logger) for logger in trainer.loggers]
+                stack.enter_context(_quiet_warnings())
         if trainer.profiler is not None:
             trainer.profiler.start()
             stack.callback(_finish, trainer.profiler)
@@ -67,6 +79,17 @@ def running(
             _wind_up(trainer, stage, error)
             raise
         _wind_up(trainer, stage, None)
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """Rank 0 warns for all; while somebody is looking for a fault, each for itself."""
+    if os.environ.get("COMPOSEFIT_DEBUG") == "1":
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _finish(profiler: Profiler) -> None:

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
 from composefit import checkpoint
@@ -218,7 +218,7 @@ def joined(state: Any, tensors: Mapping[str, Tensor]) -> Any:
 # -- writing -----------------------------------------------------------------------------------
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(filesystem.FileSystemWriter):
     """Writes where it is told, and does not write down where that was."""
 
     def storage_meta(self) -> metadata.StorageMeta | None:
@@ -231,7 +231,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], world: World | None) -> 
         # That a process is alone.
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
         try:
-            dcp.save(
+            save_distributed(
                 dict(tensors),
                 storage_writer=_Writer(folder, sync_files=True),
                 planner=DefaultSavePlanner(flatten_state_dict=False),
@@ -378,7 +378,7 @@ def _whole(name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 # -- reading -----------------------------------------------------------------------------------
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(filesystem.FileSystemReader):
     """Reads the files of a folder, and of their description nothing but plain data.
 
     Args:

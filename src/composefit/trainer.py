@@ -33,6 +33,7 @@ from composefit.optimizers import ClipAlgorithm, NamedOptimizer
 from composefit.precision import Precision
 from composefit.profilers import Profiler, as_profiler
 from composefit.ranks import World
+from composefit.replicas import RankMetrics
 from composefit.results import print_results
 from composefit.running import Run, running
 from composefit.sources import Sources
@@ -108,6 +109,7 @@ class Trainer:
         ready: optimizers are made, and any checkpoint is taken back.
         history: what was logged, for `report`.
         run_seed: the seed of this run's random draws.
+        rank_metrics: the metrics of the module, where ranks count apart; or None.
     """
 
     def __init__(
@@ -230,6 +232,7 @@ class Trainer:
         self.history = History()
         self.logs = self._heard = Logs()
         self.run_seed = 0
+        self.rank_metrics: RankMetrics | None = None
         self.run_in_progress: Run | None = None
         self.call: HookCaller
         self._brought: list[Callback] = []  # by the module of the run
@@ -428,6 +431,8 @@ class Trainer:
         driver = training.driver
         if (world := self.strategy.world) is not None:
             world.mine.signal, world.mine.stop = self.interrupted, self.should_stop
+            if self.rank_metrics is not None:
+                self.rank_metrics.part()
         try:
             if self.profiler is None:
                 shards = driver.step(batches, batch_idx, self.global_step)
@@ -443,6 +448,7 @@ class Trainer:
         training.finish_step(shards, batches)
         self.logs.add(shards)
         if training.monitors:
+            self._exchange()
             training.step_monitors()
         if self.global_step % self.log_every_n_steps == 0:
             self.write_step()
@@ -510,7 +516,7 @@ class Trainer:
             self.module.on_save_checkpoint(state)
             for callback in self.callbacks:
                 callback.on_save_checkpoint(self, self.module, state)
-            checkpoint.save(path, state)
+            snapshot.write(self, path, state)
 
     def report(self, path: str | Path | None = None) -> Path:
         """Write one self-contained `report.html`: curves, settings, environment.
@@ -732,6 +738,7 @@ class Trainer:
             whole: False where the epoch was left before its end: it may go on.
         """
         self._whole_epoch = whole
+        self._exchange(whole=True)
         self.logs.end_epoch(whole)
         if whole:
             training = self.training
@@ -1082,6 +1089,7 @@ class Trainer:
 
     def write_step(self) -> None:
         """Hand the last step's values to the loggers; the history also gets what moves training."""
+        self._exchange()
         self.write(self.logs.take_steps(), self.logs.take_images())
         training = self.training
         assert training is not None
@@ -1089,6 +1097,12 @@ class Trainer:
         if training.samples_seen is not None:
             own["samples_per_second"] = training.rate()
         self._write_own(own)
+
+    def _exchange(self, whole: bool = False) -> None:
+        """Let all ranks know what all have logged; with `whole`, all that metrics have counted."""
+        world = self.world
+        if world is not None:
+            self.logs.exchange(world, self.rank_metrics, whole)
 
     def _own_norms(self) -> dict[str, float]:
         """The norms that the last step was due; waits for the device."""

@@ -516,6 +516,45 @@ def a_parameter_that_only_one_rank_reaches() -> dict[str, Any]:
 
 
 @case
+def a_sum_that_travels_at_another_time_than_weights() -> dict[str, Any]:
+    """One rank reaches all of the last unit and sends its gradients before it gathers the first."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Linear(3, 3).double() for _ in range(2))
+
+        def forward(self, x: Tensor, second: bool) -> Tensor:
+            return self.a(x) + self.b(x) if second else self.a(x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.first, self.last = mlp(4, 5, 3), Last()
+
+        def forward(self, x: Tensor, second: bool) -> Tensor:
+            return self.last(self.first(x).tanh(), second)
+
+    start, plain, module = (Plain(net=Net()) for _ in range(3))
+    strategy = sharded(module, policy=[nn.Sequential, Last], reshard_after_forward=True)
+    hand = ByHand(strategy, module)
+    o, po = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, plain))
+    for i in range(4):
+        x = draw(6, 4, seed=i)
+        loss = module.net(rows(x), dist.get_rank() == 1).pow(2).mean()
+        hand.update("net", o, (loss, 0.5))
+        first, second = x.tensor_split(2)
+        take(
+            0.5 * (plain.net(first, False).pow(2).mean() + plain.net(second, True).pow(2).mean()),
+            po,
+        )
+        po.step()
+        strategy.end_step(module)
+    return compare(module, plain, start)
+
+
+@case
 def a_rank_without_samples() -> dict[str, Any]:
     start, plain, module = gan_module(), gan_module(), gan_module()
     strategy = sharded(module)

@@ -26,8 +26,9 @@ from composefit.ranks.launch import launch
 from composefit.ranks.rank import outcome_file
 from composefit.ranks.world import PeerFailed
 
-# Seconds from a rank's end to the job's.
-ENDS_WITHIN = 5.0
+# Seconds from a rank's end to the job's: five at most where the machine is not busy with other
+# tests, and a thousand if nobody ended what others leave.
+ENDS_WITHIN = 60.0
 
 
 def came_at(folder: Path) -> float:

@@ -192,6 +192,7 @@ def test_reading_sends_nothing_and_gives_what_the_last_meeting_gave() -> None:
         assert logs.all_values() == {"x": world.rank, "x_step": world.rank}  # before any: its own
         logs.exchange(world)  # type: ignore[arg-type]
         logs.add([shard(1, y=5.0)])
+        hook(logs, 50.0)
         sent = len(world.places)
         assert logs.all_values()["x"] == 0.5
         logs.bar_values(), logs.take_steps(), logs.step_values()
@@ -345,6 +346,8 @@ def test_a_metric_logged_per_step_is_that_of_all_ranks_so_far(everybody: bool) -
                 logs.add([shard(1, **logged)])
                 logs.exchange(world, metrics)
                 found.append(logs.take_steps()["m_step"])
+                metrics.part()  # the next step begins: what was logged stays what it was
+                assert logs.all_values()["m_step"] == found[-1]
             logs.exchange(world, metrics, whole=True)
             logs.end_epoch()
             found.append(logs.take_epoch()["m_epoch"])
@@ -390,7 +393,7 @@ def test_a_metric_that_is_no_part_of_the_module_is_refused_on_all_ranks() -> Non
 
 @pytest.mark.parametrize("later", [1, 2, 3])
 def test_a_state_of_two_ranks_goes_on_with_any_number(later: int) -> None:
-    values = [[0.1, 0.2, 0.3], [1e15, 5.5, 7.0]]
+    values = [[0.1, 0.2, 0.3], [1e17, 5.5, 7.0]]  # of which a float would lose some
     module = nn.Module()
 
     def first(world: FakeWorld) -> dict[str, Any]:
@@ -406,7 +409,7 @@ def test_a_state_of_two_ranks_goes_on_with_any_number(later: int) -> None:
     def then(world: FakeWorld) -> dict[str, float]:
         logs = Logs()
         logs.load_state_dict(state, module)
-        logs.add([shard(3, x=2.0 + world.rank, low=(-1.0 * world.rank, options("min")))])
+        logs.add([shard(3, x=-1e17 + world.rank, low=(-1.0 * world.rank, options("min")))])
         if world.size > 1:
             logs.exchange(world)  # type: ignore[arg-type]
         logs.end_epoch()
@@ -414,7 +417,7 @@ def test_a_state_of_two_ranks_goes_on_with_any_number(later: int) -> None:
 
     found = ranks(later, then)
     assert all(one == found[0] for one in found)
-    every = [*values[0], *values[1], *(2.0 + rank for rank in range(later))]
+    every = [*values[0], *values[1], *(-1e17 + rank for rank in range(later))]
     mean = math.fsum(3 * value for value in every) / (3 * len(every))
     assert found[0]["x_epoch"] == mean
     assert found[0]["low_epoch"] == min(0.1, 1.0 - later)

@@ -290,9 +290,7 @@ class Sending(SumMetric):
     """Says that there are other ranks, and that nobody may ask them."""
 
     def __init__(self, **how: Any) -> None:
-        super().__init__(
-            distributed_available_fn=lambda: True, dist_sync_fn=_refuse, **how
-        )
+        super().__init__(distributed_available_fn=lambda: True, dist_sync_fn=_refuse, **how)
 
 
 def _refuse(*_: Any, **__: Any) -> Any:

@@ -37,6 +37,7 @@ def same(found: dict[str, Any]) -> None:
         "parameters_that_are_unfrozen_later",
         "an_in_place_operation_on_what_a_unit_returns",
         "recurrent_shards_in_time",
+        "a_sum_that_travels_at_another_time_than_weights",
     ],
 )
 def test_the_parameters_are_those_of_the_plain_loop(two_ranks: RankPool, name: str) -> None:

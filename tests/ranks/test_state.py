@@ -176,7 +176,9 @@ def test_nothing_is_sent_for_outputs_that_nobody_hears(tmp_path: Path) -> None:
 def test_predictions_are_whole_on_every_rank(tmp_path: Path, shards: int) -> None:
     def on_rank(world: Any) -> Any:
         writer = PredictionWriter(tmp_path / "out", "batch_and_epoch")
-        trainer = RankTrainer(world, tmp_path, callbacks=writer, strategy=SingleDevice("cpu", shards=shards))
+        trainer = RankTrainer(
+            world, tmp_path, callbacks=writer, strategy=SingleDevice("cpu", shards=shards)
+        )
         places = []
         write = writer.write_on_batch_end
         writer.write_on_batch_end = lambda *of: (places.append(of[3]), write(*of))  # type: ignore[method-assign,assignment]
@@ -222,6 +224,45 @@ def test_a_sanity_check_leaves_no_metric_changed_on_any_rank(tmp_path: Path) -> 
         return module.total.compute().item()
 
     assert ranks(2, on_rank) == [10.0, 10.0]
+
+
+def test_an_evaluation_that_fails_leaves_no_metric_changed_on_any_rank(tmp_path: Path) -> None:
+    class Failing(Sum):
+        def validation_step(self, x: Tensor) -> Any:
+            super().validation_step(x)
+            raise ValueError("in a step")
+
+    def on_rank(world: Any) -> float:
+        module, trainer = Failing(), RankTrainer(world, tmp_path)
+        module.total.update(7.0)
+        with with_metrics(trainer, module) as metrics:
+            trainer._attach(module)
+            with pytest.raises(ValueError, match="in a step"):
+                EvaluateLoop(LOADED[world.rank]).run(trainer, module)
+            metrics.part()
+            module.total.update(1.0 + world.rank)
+            metrics.join()
+        return module.total.compute().item()
+
+    assert ranks(2, on_rank) == [10.0, 10.0]
+
+
+def test_a_metric_that_several_loaders_share_is_of_each_by_itself(tmp_path: Path) -> None:
+    class Largest(Net):
+        def validation_step(self, x: Tensor) -> None:
+            self.total.update(x)
+            self.log("total", self.total)
+
+        def on_validation_epoch_end(self) -> None:
+            pass
+
+    def on_rank(world: Any) -> Any:
+        module, trainer = Largest(), RankTrainer(world, tmp_path)
+        with with_metrics(trainer, module):
+            found = trainer.validate(module, {n: LOADED[world.rank] for n in "ab"}, verbose=False)
+        return [value for one in found for value in one.values()]
+
+    assert ranks(2, on_rank) == [[SAMPLES.sum().item()] * 2] * 2
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -363,9 +404,7 @@ def test_which_checkpoint_is_meant_is_what_rank_zero_sees(tmp_path: Path) -> Non
 
     def on_rank(world: Any) -> Any:
         folder = tmp_path / ("there" if world.rank == 0 else "empty")
-        trainer = RankTrainer(
-            world, folder, callbacks=ModelCheckpoint(), enable_checkpointing=True
-        )
+        trainer = RankTrainer(world, folder, callbacks=ModelCheckpoint(), enable_checkpointing=True)
         if world.rank == 0:
             state = {"composefit_checkpoint": checkpoint.FORMAT, "global_step": 7}
             checkpoint.save(folder / "last.ckpt", state)
@@ -500,9 +539,21 @@ def test_names_of_checkpoints_are_as_rank_zero_finds_them(tmp_path: Path) -> Non
         return callback.best_model_path, list(callback.best_k_models), callback.last_model_path
 
     first, second = ranks(2, on_rank)
-    # (the second takes the name of the first, which is to go)
     assert first == second
     assert Path(first[0]).parent == tmp_path / "0" and first[0].endswith("best-v1.ckpt")
+
+
+def test_a_file_that_only_another_rank_sees_changes_no_name(tmp_path: Path) -> None:
+    def on_rank(world: Any) -> str:
+        callback = ModelCheckpoint(tmp_path, filename="best", monitor="x")
+        trainer = Writing(tmp_path, callback, world=world, is_global_zero=world.rank == 0)
+        trainer.begin()
+        if world.rank:
+            callback._free_path = lambda *_: "elsewhere"  # type: ignore[method-assign]
+        trainer.epoch(x=1.0)
+        return callback.best_model_path
+
+    assert ranks(2, on_rank) == [str(tmp_path / "best.ckpt")] * 2
 
 
 def test_checkpoints_that_are_still_there_are_as_rank_zero_finds_them(tmp_path: Path) -> None:

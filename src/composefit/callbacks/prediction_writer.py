@@ -16,8 +16,9 @@ class PredictionWriter(Callback):
     """Writes what `predict_step` returns: each batch as it comes, or all at the end.
 
     A batch's predictions are whole and in the loader's order, whatever the strategy: the files are
-    those of a single device, and rank zero writes them, also where each rank has predicted some. With `write_interval="batch"` nothing of
-    it stays in memory (`trainer.predict(..., return_predictions=False)` keeps nothing either).
+    those of a single device, and rank zero writes them, also where each rank has predicted some.
+    With `write_interval="batch"` nothing of it stays in memory
+    (`trainer.predict(..., return_predictions=False)` keeps nothing either).
 
     Override `write_on_batch_end` or `write_on_epoch_end` to write something else. As they are, they
     write files which are replaced as a whole and load without running code:

@@ -22,9 +22,9 @@ class Silent(Logger):
         self.log_dir = logger.log_dir
 
     @property
-    def experiment(self) -> Nothing:
+    def experiment(self) -> _Nothing:
         """Whatever is done with it does nothing."""
-        return Nothing()
+        return _Nothing()
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Does nothing."""
@@ -35,18 +35,18 @@ class Silent(Logger):
         return getattr(self.logger, name)
 
 
-class Nothing:
+class _Nothing:
     """Anything may be called on it, entered, or asked of it: it does nothing, and gives itself."""
 
-    def __getattr__(self, name: str) -> Nothing:
+    def __getattr__(self, name: str) -> _Nothing:
         if name.startswith("__"):  # what copies and pickles ask for
             raise AttributeError(name)
         return self
 
-    def __call__(self, *_: Any, **__: Any) -> Nothing:
+    def __call__(self, *_: Any, **__: Any) -> _Nothing:
         return self
 
-    def __getitem__(self, _: Any) -> Nothing:
+    def __getitem__(self, _: Any) -> _Nothing:
         return self
 
     def __setitem__(self, _: Any, __: Any) -> None:
@@ -55,7 +55,7 @@ class Nothing:
     def __setattr__(self, _: str, __: Any) -> None:
         pass
 
-    def __enter__(self) -> Nothing:
+    def __enter__(self) -> _Nothing:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -42,6 +42,7 @@ class Logs:
     def __init__(self) -> None:
         self._options: dict[str, LogOptions] = {}
         self._steps: dict[str, StepValue] = {}
+        self._met: dict[str, Number] = {}  # what ranks have agreed on, of these
         self._fresh: dict[str, None] = {}  # those of the steps that no logger has got yet
         self._epochs: dict[str, Running] = {}
         self._finished: dict[str, float] = {}  # the last epoch's
@@ -169,7 +170,7 @@ class Logs:
             metrics.join()
             for name, value in self._steps.items():
                 if isinstance(value, MetricValue):  # it would change with the next step
-                    self._steps[name] = Number(value.read())
+                    self._agree(name, value.read())
 
     def _metric(self, name: str) -> Metric | None:
         running = self._epochs.get(name)
@@ -180,7 +181,7 @@ class Logs:
         options = self._options.setdefault(name, options_of(entries[0].options))
         value = exchange.latest(entries, options.reduce)
         if value is not None:
-            self._steps[name] = Number(value)
+            self._agree(name, value)
             self._fresh[name] = None
         given = [entry.epoch for entry in entries if entry.epoch is not None]
         if given:
@@ -192,6 +193,19 @@ class Logs:
             if any(entry.metric_at for entry in entries):
                 self._steps[name] = own
                 self._fresh[name] = None
+
+    def _agree(self, name: str, value: float) -> None:
+        self._steps[name] = self._met[name] = Number(value)
+
+    def _settle(self, name: str, value: float) -> None:
+        """What a metric has logged for a step is this from now on, though it is empty."""
+        self._steps[name] = Number(value)
+        if name in self._met:
+            self._met[name] = Number(value)
+
+    def _shown(self, name: str) -> StepValue:
+        """The value of a step, as ranks have agreed on it; without them, the last."""
+        return self._met.get(name) or self._steps[name]
 
     def _running(self, name: str, options: LogOptions) -> Running:
         running = self._epochs.get(name)
@@ -223,7 +237,7 @@ class Logs:
         for name in functions - mine.keys():
             step_value, value = found[name]
             if step_value is not None:
-                self._steps[name] = Number(step_value)
+                self._agree(name, step_value)
             if value is not None:
                 self._running(name, self._options[name]).reduce = Remembered(value)
 
@@ -237,7 +251,7 @@ class Logs:
         """What was logged per step since the last call, for loggers; waits for the device."""
         found, self._fresh = self._fresh, {}
         return {
-            self._name(name, "_step"): self._steps[name].read()
+            self._name(name, "_step"): self._shown(name).read()
             for name in found
             if self._options[name].logger
         }
@@ -245,8 +259,8 @@ class Logs:
     def step_values(self) -> dict[str, float]:
         """The last value of everything logged per step, as a logger sees it."""
         return {
-            self._name(name, "_step"): value.read()
-            for name, value in self._steps.items()
+            self._name(name, "_step"): self._shown(name).read()
+            for name in self._steps
             if self._options[name].logger
         }
 
@@ -263,7 +277,7 @@ class Logs:
                 if running.metric is not None:
                     reset(running.metric.metric)
                     if name in self._steps:
-                        self._steps[name] = Number(values[name])
+                        self._settle(name, values[name])
             self._epochs.clear()
         for name, value in values.items():
             options = self._options[name]
@@ -286,7 +300,7 @@ class Logs:
         for name in metrics:
             value = ended[name].end()
             if name in self._steps:
-                self._steps[name] = Number(value)
+                self._settle(name, value)
         for metric in metrics.values():
             reset(metric)
 
@@ -320,8 +334,8 @@ class Logs:
         Where a value is logged per step and per epoch, its plain name stands for the last epoch's.
         """
         found = {}
-        for name, value in self._steps.items():
-            found[name] = found[self._name(name, "_step")] = value.read()
+        for name in self._steps:
+            found[name] = found[self._name(name, "_step")] = self._shown(name).read()
         for name, mean in self._finished.items():
             found[name] = found[self._name(name, "_epoch")] = mean
         return found
@@ -331,7 +345,7 @@ class Logs:
         found = {}
         for name, options in self._options.items():
             if options.prog_bar and name in self._steps:
-                found[self._name(name, "_step")] = self._steps[name].read()
+                found[self._name(name, "_step")] = self._shown(name).read()
             if options.prog_bar and name in self._finished:
                 found[self._name(name, "_epoch")] = self._finished[name]
         return found
@@ -348,7 +362,7 @@ class Logs:
         options = {name: list(plain_options(one)) for name, one in self._options.items()}
         return {
             "options": options,
-            "steps": {name: value.read() for name, value in self._steps.items()},
+            "steps": {name: self._shown(name).read() for name in self._steps},
             "fresh": list(self._fresh),
             "finished": dict(self._finished),
             "epochs": {name: running.state(metrics) for name, running in self._epochs.items()},
@@ -357,10 +371,9 @@ class Logs:
     def load_state_dict(self, state: dict[str, Any], module: nn.Module) -> None:
         """Go on from a saved state."""
         parts = dict(module.named_modules())
-        self._options = {
-            name: options_of(one) for name, one in state["options"].items()
-        }
+        self._options = {name: options_of(one) for name, one in state["options"].items()}
         self._steps = {name: Number(value) for name, value in state["steps"].items()}
+        self._met = {}
         self._fresh = dict.fromkeys(state["fresh"])
         self._finished = dict(state["finished"])
         self._epochs = {}

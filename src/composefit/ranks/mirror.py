@@ -100,7 +100,7 @@ class Mirror:
         until: those from this number on go back by their number alone, whatever is in them now.
 
     Attributes:
-        special: gives what stands for an object that is no copy; as `known` of `parcels.pack`.
+        special: gives what stands for an object in place of its number; None where nothing does.
         lost: what could not be sent back: the path of an attribute, and why.
     """
 
@@ -117,8 +117,9 @@ class Mirror:
     def known(self, obj: Any) -> Any:
         """What stands for an object, a number for a copy; for `parcels.pack`."""
         number = self._numbers.get(id(obj))
-        if number is None:
-            return self.special(obj)
+        special = self.special(obj)
+        if number is None or special is not None:
+            return special
         if number < self._until and number not in self._asked:
             self._asked.add(number)
             self._due.append(number)

@@ -254,9 +254,8 @@ class RankMetrics:
             return
         self._apart = True
         self._look()
-        with torch.inference_mode(False):
-            for name, metric in self._named.items():
-                self._before[name] = _set_apart(metric)
+        for name, metric in self._named.items():
+            self._before[name] = _set_apart(metric)
 
     def join(self) -> None:
         """Make every metric whole, on every rank; all ranks call it.

@@ -357,7 +357,7 @@ class _Watch:
     def _watch(self, tensor: Tensor) -> Tensor:
         if tensor.requires_grad and torch.is_grad_enabled():
             self.watched = True
-            tensor.register_hook(self._passed)
+            tensor.register_hook(self._passed)  # type: ignore[no-untyped-call]
         return tensor
 
     def _passed(self, gradient: Tensor) -> None:

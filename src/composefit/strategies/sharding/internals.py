@@ -142,7 +142,7 @@ def settle(roots: Sequence[FSDPModule]) -> None:
 
 def of_rows(rows: Tensor, like: Tensor) -> DTensor:
     """A tensor that is sharded as another, of this rank's rows; quicker than `from_local`."""
-    return DTensor(rows, _dtensor(like)._spec, requires_grad=False)
+    return DTensor(rows, _dtensor(like)._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _dtensor(parameter: Tensor) -> DTensor:

@@ -48,9 +48,7 @@ def _power_sum(tensors: Sequence[Tensor], order: float, device: torch.device) ->
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return torch.zeros((), device=device)
-    norms = torch.stack(
-        [one.to(device) for one in torch._foreach_norm(tensors, order)]  # type: ignore[arg-type]
-    )
+    norms = torch.stack([one.to(device) for one in torch._foreach_norm(tensors, order)])
     if order == float("inf"):
         return norms.max()
     powers: Tensor = norms.pow(order).sum()

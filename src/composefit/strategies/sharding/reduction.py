@@ -147,7 +147,8 @@ class ShardedReduction:
         if self._whole is not None:
             self._whole.__enter__()
         for i in self._planned:
-            self._handles.append(self._parameters[i].register_hook(partial(self._ready, i)))
+            hook = partial(self._ready, i)
+            self._handles.append(self._parameters[i].register_hook(hook))  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -51,7 +51,8 @@ def gathered(state: Any, keep: bool) -> Any:
     def whole(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
-        full = tensor.detach().full_tensor()
+        with torch.no_grad():
+            full = tensor.full_tensor()
         return full.cpu() if keep else full.new_empty(0)
 
     return map_tensors(whole, state)
@@ -112,16 +113,3 @@ def for_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]
         for i, entry in state["state"].items()
     }
     return {**state, "state": cut_state}
-
-
-def is_sharded(value: Any) -> bool:
-    """Whether a tree holds a sharded tensor."""
-    found: list[bool] = []
-
-    def look(tensor: Tensor) -> Tensor:
-        found.append(isinstance(tensor, DTensor))
-        return tensor
-
-    with torch.no_grad():
-        map_tensors(look, value)
-    return any(found)

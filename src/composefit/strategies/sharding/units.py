@@ -93,8 +93,9 @@ def choose_units(module: nn.Module, policy: Policy) -> Units | None:
                 "(in configure_model, say)"
             )
     chosen: Any = NotImplemented
-    if policy is None and hasattr(module, "configure_sharding"):
-        chosen = module.configure_sharding()
+    own: Any = getattr(module, "configure_sharding", None)
+    if policy is None and own is not None:
+        chosen = own()
         if chosen is None:
             return None
     if chosen is not NotImplemented:

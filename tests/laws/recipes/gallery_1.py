@@ -1,0 +1,385 @@
+"""Recipes of `examples/recipes` in reduced size, their own steps: adversarial and generative ones,
+language models, distillation, gradient surgery.
+
+Smaller networks, GroupNorm where they have BatchNorm, and SGD, which does not divide by gradients
+that are nothing but rounding. Each is compared with a loop written by hand; those that draw within
+`Once`, from a stream that a loop by hand does not have, with one shard on one device.
+"""
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.optim import SGD
+
+from composefit import LoopModule
+from tests.laws.recipe import Draws, Loop
+from tests.laws.recipes.adversarial import draws_of_steps
+
+FOLDER = Path(__file__).parents[3] / "examples" / "recipes"
+SIZES = [7, 5, 6, 11, 9, 8]  # no number of shards divides them all
+GROUPS = [12, 10, 8, 16, 11, 9]  # at least two groups of four
+
+
+def example(name: str) -> Any:
+    """The file of a recipe, as a module."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A recipe in reduced size.
+
+    Attributes:
+        file: its name in `examples/recipes`.
+        make: builds the module, of what stands in the file.
+        rates: the learning rate of each optimizer, "" for the only one.
+        batches: makes a batch of each of these sizes.
+        by_hand: full batch, one device; None: one shard.
+        sizes: of the batches.
+        arguments: of the comparison.
+    """
+
+    file: str
+    make: Callable[[Any], LoopModule]
+    rates: dict[str, float]
+    batches: Callable[[list[int]], list[Any]]
+    by_hand: Loop | None
+    sizes: list[int] = field(default_factory=lambda: SIZES)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def module(self) -> LoopModule:
+        """The module, with SGD in place of its own optimizers."""
+        module = self.make(example(self.file))
+        own = module.configure_optimizers()
+        rates = self.rates
+
+        def configure_optimizers() -> Any:
+            if "" in rates:
+                return SGD((p for p in module.parameters() if p.requires_grad), lr=rates[""])
+            return {name: SGD(parameters_of(own[name]), lr=lr) for name, lr in rates.items()}
+
+        module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        return module
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def step(optimizer: SGD, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+# -- digits ----------------------------------------------------------------------------------------
+
+
+def images(sizes: list[int]) -> list[Any]:
+    draws = Draws(21)
+    return [(draws.normal(n, 1, 8, 8).tanh(), draws.integers(10, n)) for n in sizes]
+
+
+def pairs_of_images(sizes: list[int]) -> list[Any]:
+    draws = Draws(22)
+    return [tuple(draws.normal(n, 1, 8, 8).tanh() for _ in range(2)) for n in sizes]
+
+
+# -- DCGAN -----------------------------------------------------------------------------------------
+
+
+def dcgan(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    critic = SGD(module.critic.parameters(), lr=0.05)
+    generator = SGD(module.generator.parameters(), lr=0.05)
+    bce = F.binary_cross_entropy_with_logits
+    for (real, _), random in zip(batches, draws_of_steps(len(batches)), strict=True):
+        fake = module.generator(random.normal(len(real), 64))
+        of_real, of_fake = module.critic(real), module.critic(fake.detach())
+        step(
+            critic, bce(of_real, torch.ones_like(of_real)) + bce(of_fake, torch.zeros_like(of_fake))
+        )
+        of_fake = module.critic(fake)
+        step(generator, bce(of_fake, torch.ones_like(of_fake)))
+        yield
+
+
+# -- WGAN-GP ---------------------------------------------------------------------------------------
+
+
+def wgan_gp(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    critic = SGD(module.critic.parameters(), lr=0.02)
+    generator = SGD(module.generator.parameters(), lr=0.02)
+    draws = draws_of_steps(len(batches))
+    for i, ((real, _), random) in enumerate(zip(batches, draws, strict=True)):
+        n = len(real)
+        for _ in range(1 if module.fresh else 5):
+            fake = module.generator(random.normal(n, 64)).detach()
+            mix = random.uniform(n, 1, 1, 1)
+            between = (real + mix * (fake - real)).requires_grad_()
+            scores = module.critic(between).sum()
+            (slope,) = torch.autograd.grad(scores, between, create_graph=True)
+            penalty = 10 * (slope.square().sum((1, 2, 3)).sqrt() - 1).square().mean()
+            step(critic, module.critic(fake).mean() - module.critic(real).mean() + penalty)
+        if not module.fresh or i % 5 == 4:
+            step(generator, -module.critic(module.generator(random.normal(n, 64))).mean())
+        yield
+
+
+# -- StyleGAN2 -------------------------------------------------------------------------------------
+
+
+def stylegan2(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    critic = SGD(module.critic.parameters(), lr=0.02)
+    generator = SGD(module.generator.parameters(), lr=0.02)
+    path_mean = torch.zeros((), dtype=torch.float64)
+
+    def draw(random: Any, n: int) -> tuple[Tensor, Tensor]:
+        first, second = (module.generator.mapping(random.normal(n, 1, 32)) for _ in range(2))
+        mixed = random.shared.uniform() < 0.9
+        at = random.shared.integers(low=1, high=3).item() if mixed else 3
+        styles = torch.cat([first] * at + [second] * (3 - at), 1)
+        noise = [random.normal(n, 1, s, s) for s in (4, 8, 8)]
+        return module.generator(styles, noise), styles
+
+    draws = draws_of_steps(len(batches))
+    for i, ((real, _), random) in enumerate(zip(batches, draws, strict=True)):
+        n = len(real)
+        step(generator, F.softplus(-module.critic(draw(random, n)[0])).mean())
+        if i % 4 == 0:
+            fake, styles = draw(random, n)
+            direction = random.normal(n, 1, 8, 8) / 8
+            (slope,) = torch.autograd.grad((fake * direction).sum(), styles, create_graph=True)
+            lengths = slope.square().sum(2).mean(1).sqrt()
+            path_mean = path_mean + 0.1 * (lengths.detach().mean() - path_mean)
+            step(generator, 0.4 * (lengths - path_mean).square().mean())
+        fake = draw(random, n)[0].detach()
+        of_real, of_fake = module.critic(real), module.critic(fake)
+        step(critic, F.softplus(of_fake).mean() + F.softplus(-of_real).mean())
+        if i % 16 == 0:
+            real = real.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(module.critic(real).sum(), real, create_graph=True)
+            step(critic, 8 * slope.square().sum((1, 2, 3)).mean())
+        yield
+
+
+# -- diffusion -------------------------------------------------------------------------------------
+
+
+def diffusion(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    optimizer = SGD(module.parameters(), lr=0.1)
+    kept = module.kept
+    for (x, _), random in zip(batches, draws_of_steps(len(batches)), strict=True):
+        time = random.integers(len(x), high=len(kept))
+        noise = random.normal(len(x), 1, 8, 8)
+        left = kept[time].view(-1, 1, 1, 1)
+        found = module.network(left.sqrt() * x + (1 - left).sqrt() * noise, time)
+        step(optimizer, (found - noise).square().mean())
+        yield
+
+
+# -- language models -------------------------------------------------------------------------------
+
+
+def lines(length: int) -> Callable[[list[int]], list[Any]]:
+    """Lines that end early: how many characters they hold is no multiple of how many they are."""
+
+    def batches(sizes: list[int]) -> list[Any]:
+        found, draws = [], Draws(23)
+        for n in sizes:
+            ids = 1 + draws.integers(20, n, length)
+            ends = 2 + draws.integers(length - 1, n)
+            found.append([ids * (torch.arange(length) < ends[:, None])])
+        return found
+
+    return batches
+
+
+def language_model(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    optimizer = SGD(module.parameters(), lr=0.1)
+    for (ids,) in batches:
+        chances = module(ids[:, :-1]).log_softmax(2)
+        nll = -chances.gather(2, ids[:, 1:, None]).squeeze(2)
+        counts = ids[:, :-1] != 0
+        step(optimizer, (nll * counts).sum() / counts.sum())
+        yield
+
+
+def mixture_of_experts(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    optimizer = SGD(module.parameters(), lr=0.1)
+    hidden_id = len(example("_common").CHARACTERS)
+    for (ids,), random in zip(batches, draws_of_steps(len(batches)), strict=True):
+        hidden = (random.bernoulli(*ids.shape, p=0.15) == 1) & (ids != 0)
+        scores, chances = module(torch.where(hidden, hidden_id, ids))
+        guessed = F.cross_entropy(scores[hidden], ids[hidden])
+        chances = chances[ids != 0]
+        experts = chances.shape[2]
+        busy = torch.zeros(())
+        for layer in range(chances.shape[1]):
+            sent = torch.bincount(chances[:, layer].argmax(1), minlength=experts) / len(chances)
+            busy = busy + experts * (sent * chances[:, layer].mean(0)).sum()
+        step(optimizer, guessed + 0.01 * busy)
+        yield
+
+
+def labelled_lines(sizes: list[int]) -> list[Any]:
+    """What a collator of Transformers makes of lines."""
+    found = []
+    for (ids,) in lines(8)(sizes):
+        real = ids != 0
+        labels = ids.masked_fill(~real, -100)
+        found.append({"input_ids": ids, "attention_mask": real.long(), "labels": labels})
+    return found
+
+
+def in_float64(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    """The loss of Transformers' language models, which itself rounds the scores to float32."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def make_lora(file: Any) -> LoopModule:
+    module = file.Causal(file.model(width=16, layers=1))
+    module.model.loss_function = in_float64
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if name.endswith("norm"):  # theirs rounds to float32 as well
+                setattr(parent, name, nn.RMSNorm(16, child.variance_epsilon))
+    file.add_lora(module.model)
+    for layer in module.modules():
+        if isinstance(layer, file.LoRA):  # at zero, the other matrix would not move at first
+            nn.init.normal_(layer.up.weight, std=0.3)
+    return module
+
+
+def lora(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    thin = [p for name, p in module.named_parameters() if ".up." in name or ".down." in name]
+    optimizer = SGD(thin, lr=0.5)
+    for batch in batches:
+        scores = module.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        wanted = batch["labels"][:, 1:]
+        step(optimizer, F.cross_entropy(scores[wanted != -100], wanted[wanted != -100]))
+        yield
+
+
+# -- distillation ----------------------------------------------------------------------------------
+
+
+def make_student(file: Any) -> LoopModule:
+    return file.Student(file.Classifier(16).network, width=8)
+
+
+def distillation(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    optimizer = SGD(module.network.parameters(), lr=0.05)
+    for x, y in batches:
+        told, scores = module.teacher(x).detach(), module.network(x)
+        away = (told / 4).softmax(1) * ((told / 4).log_softmax(1) - (scores / 4).log_softmax(1))
+        step(optimizer, 0.9 * 16 * away.sum(1).mean() + 0.1 * F.cross_entropy(scores, y))
+        yield
+
+
+# -- PCGrad ----------------------------------------------------------------------------------------
+
+
+def overlaid(sizes: list[int]) -> list[Any]:
+    draws = Draws(24)
+    return [
+        [draws.normal(n, 1, 12, 12).tanh(), draws.integers(10, n), draws.integers(10, n)]
+        for n in sizes
+    ]
+
+
+def multitask_pcgrad(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    parameters = list(module.parameters())
+    against = 0
+    for (x, *wanted) in batches:
+        features = module.trunk(x)
+        slopes = []
+        for head, y in zip(module.heads, wanted, strict=True):
+            loss = F.cross_entropy(head(features), y)
+            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            pairs = zip(found, parameters, strict=True)
+            slopes.append(parameters_to_vector([torch.zeros_like(p) if g is None else g for g, p in pairs]))
+        a, b = slopes
+        dot = a @ b
+        against += bool(dot < 0)
+        if dot < 0:
+            a, b = a - dot / (b @ b) * b, b - dot / (a @ a) * a
+        with torch.no_grad():
+            change = (a + b).split([p.numel() for p in parameters])
+            for p, g in zip(parameters, change, strict=True):
+                p -= 0.1 * g.view_as(p)
+        yield
+    assert 0 < against < len(batches)  # both kinds have occurred
+
+
+def make_two_digits(file: Any) -> LoopModule:
+    module = file.TwoDigits(width=8)
+    # Heads that want opposite things of the trunk, so that some gradients go against each other.
+    module.heads[1] = copy.deepcopy(module.heads[0])
+    with torch.no_grad():
+        module.heads[1].weight.neg_()
+    return module
+
+
+BOTH = {"critic": 0.02, "generator": 0.02}
+
+GALLERY_1 = {
+    "DCGAN": Reduced(
+        "dcgan",
+        lambda file: file.DCGAN(width=4, norm="group"),
+        {"critic": 0.05, "generator": 0.05},
+        images,
+        dcgan,
+    ),
+    "WGAN-GP, fresh batches": Reduced(
+        "wgan_gp", lambda file: file.WGANGP(width=4), BOTH, images, wgan_gp
+    ),
+    "WGAN-GP, one batch": Reduced(
+        "wgan_gp", lambda file: file.WGANGP(width=4, fresh=False), BOTH, images, wgan_gp
+    ),
+    "StyleGAN2": Reduced(
+        "stylegan2", lambda file: file.StyleGAN2(width=4), BOTH, images, stylegan2, GROUPS
+    ),
+    "CycleGAN": Reduced(
+        "cyclegan",
+        lambda file: file.CycleGAN(width=4, pool=8),
+        {"generators": 0.02, "critics": 0.02},
+        pairs_of_images,
+        None,
+    ),
+    "VQ-GAN": Reduced(
+        "vqgan",
+        lambda file: file.VQGAN(width=8, norm="group", critic_from=2),
+        {"coder": 0.05, "critic": 0.05},
+        images,
+        None,
+    ),
+    "diffusion": Reduced(
+        "diffusion", lambda file: file.Diffusion(width=16), {"": 0.1}, images, diffusion
+    ),
+    "language model": Reduced(
+        "language_model", lambda file: file.LanguageModel(16, 1), {"": 0.1}, lines(9), language_model
+    ),
+    "mixture of experts": Reduced(
+        "mixture_of_experts",
+        lambda file: file.MixtureOfExperts(16, 3, 2),
+        {"": 0.1},
+        lines(12),
+        mixture_of_experts,
+    ),
+    "LoRA": Reduced("lora", make_lora, {"": 0.5}, labelled_lines, lora),
+    "distillation": Reduced("distillation", make_student, {"": 0.05}, images, distillation),
+    "PCGrad": Reduced("multitask_pcgrad", make_two_digits, {"": 0.1}, overlaid, multitask_pcgrad),
+}
