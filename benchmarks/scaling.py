@@ -1,7 +1,7 @@
 """How long does a step take on many GPUs? A model on paper, and what two cores measure beside it.
 
-Prints the tables of docs/scaling.md and draws docs/pictures/scaling.png. All times are in seconds,
-sizes in bytes, rates in bytes a second.
+Prints the tables of docs/scaling.md; with `--write` it puts what it has measured there, and draws
+docs/pictures/scaling.png. All times are in seconds, sizes in bytes, rates in bytes a second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "scaling.png"
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PICTURE = PAGE.parent / "pictures" / "scaling.png"
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MIB = 2**20
 
@@ -371,7 +372,7 @@ COLOURS = {"0.1 B": "#4c78a8", "1 B": "#f58518", "7 B": "#54a24b"}
 LINES = {"data-parallel": "-", "fully sharded": "--"}
 
 
-def draw(points: Sequence[Point], path: Path = PICTURE) -> None:
+def draw(points: Sequence[Point]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -401,7 +402,7 @@ def draw(points: Sequence[Point], path: Path = PICTURE) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     fast.set_ylabel("compute ÷ step, on paper")
-    slow.legend(fontsize=7, loc="upper right")
+    slow.legend(fontsize=7, loc="upper right", handlelength=3.5)
     for place, point in enumerate(points):
         low, high = point.overlapped * 1e3, point.in_turn * 1e3
         small.bar(place, high - low, bottom=low, width=0.5, color="#bbbbbb")
@@ -410,16 +411,33 @@ def draw(points: Sequence[Point], path: Path = PICTURE) -> None:
     small.bar(0, 0, color="#bbbbbb", label="model: all overlapped\nto all in turn")
     names = [re.sub(r"[- ]", "\n", p.strategy) + f"\n{p.processes}" for p in points]
     small.set_xticks(range(len(points)), names, fontsize=8)
-    small.set(ylabel="ms a step", title="2 and 4 processes, 2 cores", ylim=(0, None))
+    small.set(ylabel="ms a step", title="2 and 4 processes, 2 cores")
+    small.set_ylim(0, 1.4e3 * max(max(p.measured, p.in_turn) for p in points))
     small.legend(fontsize=7, loc="upper left")
-    figure.savefig(path, dpi=110)
+    figure.savefig(PICTURE, dpi=110)
     plt.close(figure)
+
+
+def write(points: Sequence[Point]) -> None:
+    """Put what was measured into the page, and draw its picture."""
+    rows = "".join(
+        f"| {p.strategy} | {p.processes} | {p.measured * 1e3:,.1f} | {p.overlapped * 1e3:,.1f} "
+        f"| {p.in_turn * 1e3:,.1f} |\n"
+        for p in points
+    )
+    head, _, tail = PAGE.read_text(encoding="utf-8").partition("<!-- measured -->\n")
+    _, _, tail = tail.partition("<!-- until here -->\n")
+    columns = "| strategy | processes | measured | all overlapped | all in turn |\n"
+    table = f"\n{columns}|---|---:|---:|---:|---:|\n{rows}\n{machine()}.\n\n"
+    marked = f"<!-- measured -->\n{table}<!-- until here -->\n"
+    PAGE.write_text(head + marked + tail, encoding="utf-8")
+    draw(points)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smoke test: the figures mean nothing")
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where it is drawn")
+    parser.add_argument("--write", action="store_true", help="update the page and its picture")
     options = parser.parse_args()
     console.print(paper_table(H100, "ms a step (compute ÷ step), 400 Gbit/s for each GPU"))
     console.print(paper_table(SLOW, "ms a step (compute ÷ step), 100 Gbit/s for each node"))
@@ -436,7 +454,8 @@ def main() -> None:
             f"control messages {cluster.control_latency * 1e6:,.0f} µs a hop"
         )
     console.print(measured_table(points), machine())
-    draw(points, options.picture)
+    if options.write:
+        write(points)
 
 
 if __name__ == "__main__":

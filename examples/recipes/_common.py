@@ -105,7 +105,7 @@ def loader(*columns: Tensor, batch_size: int, shuffle: bool = True) -> Loader:
 # -- gradients -------------------------------------------------------------------------------------
 
 
-class Gradient(Effect[dict[str, list[Tensor | None]]]):
+class Gradient(Effect[dict[str, list[Any]]]):
     """Gradients of losses over all shards, without an update; the graphs stay.
 
     Args:
@@ -123,7 +123,7 @@ class Gradient(Effect[dict[str, list[Tensor | None]]]):
         for name, loss in self.losses.items():
             shard.take(name, loss, self.wrt, retain_graph=True)
 
-    def combine(self, barrier: Any, effects: Any) -> list[dict[str, list[Tensor | None]]]:
+    def combine(self, barrier: Any, effects: Any) -> list[dict[str, list[Any]]]:
         return [{name: barrier.gradients(name) for name in self.losses}] * len(effects)
 
 

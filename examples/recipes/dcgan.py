@@ -17,10 +17,9 @@ NOISE = 64
 class DCGAN(LoopModule):
     """`norm="group"` is for those whose result must not depend on how a batch is cut."""
 
-    samples_per_group = 2  # BatchNorm needs two samples
-
     def __init__(self, width: int = 32, norm: str = "batch") -> None:
         super().__init__()
+        self.samples_per_group = 2 if norm == "batch" else 1  # BatchNorm needs two
         self.generator, self.critic = generator(width, norm), critic(width, norm)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

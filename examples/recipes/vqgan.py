@@ -15,10 +15,9 @@ from composefit import LoopModule, Once, Step
 
 
 class VQGAN(LoopModule):
-    samples_per_group = 2  # BatchNorm needs two samples
-
     def __init__(self, width: int = 24, norm: str = "batch", critic_from: int = 20) -> None:
         super().__init__()
+        self.samples_per_group = 2 if norm == "batch" else 1  # BatchNorm needs two
         self.encoder, self.decoder = encoder(width), decoder(width)
         self.book, self.critic = Codebook(64, width), critic(width, norm)
         self.critic_from = critic_from
@@ -40,7 +39,7 @@ class VQGAN(LoopModule):
         if judged:
             fooled = -self.critic(copies).mean()
             losses = {"difference": difference, "fooled": fooled}
-            slopes = yield Gradient(losses, wrt=[self.decoder[-1].weight])
+            slopes = yield from Gradient(losses, wrt=[self.decoder[-1].weight])
             balance = slopes["difference"][0].norm() / (slopes["fooled"][0].norm() + 1e-4)
             loss = difference + 0.8 * balance.clamp(0, 1e4) * fooled
         yield {"coder": loss + 0.25 * (z - codes).square().mean()}

@@ -62,7 +62,7 @@ class Evaluation:
 
     @property
     def _metrics(self) -> RankMetrics | None:
-        return getattr(self.trainer, "rank_metrics", None)
+        return self.trainer.rank_metrics
 
     # -- what loops call -----------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from composefit.lockstep.driver import Lockstep
 from composefit.module import LoopModule
+from composefit.ranks.environment import found_job
 from composefit.ranks.launch import launch
 from composefit.ranks.mirror import Mirror, Sent
 from composefit.ranks.parcels import culprit, pack, unpack
@@ -192,15 +193,20 @@ def _serve(name: str, until: int) -> Any:
     vars(trainer).update(position, datamodule=data.pop("the last data module"))
     restore_global_states(states)
     first = "module" if method == "run" else "model"
+    job = found_job()  # not trainer.global_rank: after an error there may be no world to ask
+    assert job is not None
     try:
         result = getattr(trainer, method)(**{first: module}, **other, **data)
         whole = _gathered(module)
     except BaseException:
-        with suppress(Exception):
-            _send_back(folder / "back", trainer, module, other, mirror, {})
+        if job.rank == 0:
+            with suppress(Exception):
+                _send_back(folder / "back", trainer, module, other, mirror, {})
         raise
+    if job.rank:
+        return None
     _send_back(folder / "back", trainer, module, other, mirror, whole)
-    return result if trainer.is_global_zero else None
+    return result
 
 
 def _gathered(module: nn.Module) -> dict[int, Tensor]:
@@ -220,15 +226,15 @@ def _send_back(
     mirror: Mirror,
     whole: dict[int, Tensor],
 ) -> None:
-    if not trainer.is_global_zero:
-        return
-
     def special(obj: Any) -> Any:
         if obj is trainer:
             return "trainer"
         if obj is trainer.strategy:
             return "strategy"
-        if isinstance(obj, Strategy | Lockstep | World | dist.ProcessGroup):
+        if isinstance(obj, Strategy):  # the caller's is as it was, without a world
+            number = mirror.number(obj)
+            return "nothing" if number is None else number
+        if isinstance(obj, Lockstep | World | dist.ProcessGroup):
             return "nothing"
         if isinstance(obj, DTensor):
             if id(obj) not in whole:

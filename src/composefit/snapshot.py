@@ -75,7 +75,7 @@ def take(
     training, loop, world = trainer.training, trainer.loop, trainer.world
     if training is not None and not weights_only:
         if world is not None:
-            metrics = _rank_metrics(trainer)
+            metrics = trainer.rank_metrics
             trainer.logs.exchange(world, metrics, whole=True)
             trainer.evaluation.logs.exchange(world, metrics)
         named = training.optimizers.items()
@@ -122,10 +122,6 @@ def _as_strategy(trainer: Trainer, method: str, state: Any, *of: Any) -> Any:
     """A state as a strategy takes or gives it; most keep tensors whole."""
     change = getattr(trainer.strategy, method, None)
     return state if change is None else change(*of, state)
-
-
-def _rank_metrics(trainer: Trainer) -> Any:
-    return getattr(trainer, "rank_metrics", None)
 
 
 def _of_ranks(world: World | None, loop: Loop | None) -> dict[str, Any]:
@@ -387,9 +383,8 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
     for name, metric in _metrics(module):
         if name in state["metrics"]:
             _load_metric(metric, state["metrics"][name])
-    metrics = _rank_metrics(trainer)
-    if metrics is not None:
-        metrics.forget()  # they are whole, on every rank
+    if trainer.rank_metrics is not None:
+        trainer.rank_metrics.forget()  # they are whole, on every rank
     trainer.logs.load_state_dict(state["logs"], module)
     trainer.evaluation.logs.load_state_dict(state["evaluation_logs"], module)
     _load_callbacks(trainer.callbacks, state["callbacks"])

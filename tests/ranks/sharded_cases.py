@@ -625,12 +625,15 @@ def recurrent_shards_in_time() -> dict[str, Any]:
     o, po = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (module, plain))
     for i in range(3):
         x = draw(8, 5, 3, seed=i)
-        shards = []
-        for replica, part in zip(replicas, rows(x).tensor_split(2), strict=True):
-            replica.refresh()
-            runner: Any = replica.module
-            shards.append((runner.net(part)[0].pow(2).mean(), len(part) / 8))
-        hand.update("net", o, *shards)
+        parts = rows(x).tensor_split(2)
+        runners: list[Any] = [module, module]  # at first, which notes the weights that it sees
+        if i > 0:
+            runners = [replica.module for replica in replicas]
+        for replica in replicas:
+            replica.refresh()  # none of them while the weights are there
+        losses = [run.net(part)[0].pow(2).mean() for run, part in zip(runners, parts, strict=True)]
+        hand.update("net", o, *[(one, len(p) / 8) for one, p in zip(losses, parts, strict=True)])
+        strategy.end_step(module)
         take(plain.net(x)[0].pow(2).mean(), po)
         po.step()
     return compare(module, plain, start)
@@ -717,18 +720,20 @@ def parameters_at_hooks_are_the_sharded_ones() -> dict[str, Any]:
 
 @case
 def parameters_that_are_unfrozen_later() -> dict[str, Any]:
+    """Also of a child that was not called since."""
     start, plain, module = gan_module(), gan_module(), gan_module()
     for m in (plain, module):
         m.critic[0].requires_grad_(False)
+        m.generator.requires_grad_(False)
     strategy = sharded(module)
     hand = ByHand(strategy, module)
-    o, po = (torch.optim.SGD(m.critic.parameters(), lr=0.1) for m in (module, plain))
+    o, po = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, plain))
     for i in range(3):
         if i == 1:
             for m in (plain, module):
-                m.critic[0].requires_grad_(True)
+                m.requires_grad_(True)
         x = draw(6, 5, seed=i)
-        trained = [p for p in module.critic.parameters() if p.requires_grad]
+        trained = [p for p in module.parameters() if p.requires_grad]
         found = hand.total("critic", trained, [(module.critic(rows(x)).pow(2).mean(), 0.5)])
         for p, g in zip(trained, found, strict=True):
             p.grad = g
@@ -736,8 +741,8 @@ def parameters_that_are_unfrozen_later() -> dict[str, Any]:
         strategy.stepped(trained)
         for p in trained:
             p.grad = None
-        trained = [p for p in plain.critic.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(plain.critic(x).pow(2).mean(), trained)
+        trained = [p for p in plain.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(plain.critic(x).pow(2).mean(), trained, allow_unused=True)
         for p, g in zip(trained, grads, strict=True):
             p.grad = g
         po.step()
@@ -838,6 +843,58 @@ def an_in_place_operation_on_what_a_unit_returns() -> dict[str, Any]:
         pc.step()
         strategy.end_step(module)
     return compare(module.critic, plain.critic, start.critic)
+
+
+@case
+def released() -> dict[str, Any]:
+    """A module with everything that sharding changes: units, checkpoints, an RNN, tied weights."""
+
+    class Net(LoopModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(4)
+            self.body = mlp(4, 6, 5)
+            self.rnn = nn.LSTM(5, 3).double()
+            self.a, self.b = mlp(3, 3, 3), mlp(3, 3, 3)
+            self.b[0].weight = self.a[0].weight
+            self.body[0].register_forward_hook(lambda *_: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h: Tensor = self.rnn(self.body(x))[0]
+            return self.a(h) + self.b(h)
+
+    module, plain = Net(), Net()
+    known = {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)}
+    before = {n: (type(m), set(vars(m)), len(m._forward_hooks)) for n, m in module.named_modules()}
+    strategy = sharded(module, policy=nn.Linear, activation_checkpointing=True)
+    hand = ByHand(strategy, module)
+    o, po = (torch.optim.SGD(m.parameters(), lr=0.3) for m in (module, plain))
+    x = draw(6, 4, seed=0)
+    emptied = module.body[0].weight is not known and strategy._before[module]._parts[2][1]
+    for _ in range(3):
+        hand.update("net", o, (module(rows(x)).pow(2).mean(), 0.5))
+        strategy.end_step(module)
+        take(plain(x).pow(2).mean(), po)
+        po.step()
+    hidden = [p.numel() for p in emptied.parameters.values()]  # type: ignore[union-attr]
+    sharded_ids = [id(p) for p in o.param_groups[0]["params"] if isinstance(p, DTensor)]
+    back = strategy.release(module, keep=True)
+    after = {n: (type(m), set(vars(m)), len(m._forward_hooks)) for n, m in module.named_modules()}
+    found = {name: id(p) for name, p in module.named_parameters(remove_duplicate=False)}
+    copied = copy.deepcopy(module)
+    again = sharded(module)  # and once more
+    with torch.no_grad():
+        same = torch.allclose(module(x), copied(x), atol=1e-12)
+    again.release(module, keep=dist.get_rank() == 0)
+    left = sum(p.numel() for p in module.parameters())
+    return {
+        **compare(copied, plain, Net()),
+        "hidden": hidden,
+        "as before": before == after and known == found,
+        "back": sorted(back) == sorted(sharded_ids),
+        "same": same,
+        "left": left == sum(p.numel() for p in plain.parameters()) or dist.get_rank() > 0,
+    }
 
 
 def run_case(name: str) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from composefit.ranks.rank import outcome_file
 from composefit.ranks.world import PeerFailed
 
 # Seconds from a rank's end to the job's: five at most where the machine is not busy with other
-# tests, and a thousand if nobody ended what others leave.
-ENDS_WITHIN = 60.0
+# tests, and thirty where it is left to torch's launcher.
+ENDS_WITHIN = 25.0
 
 
 def came_at(folder: Path) -> float:

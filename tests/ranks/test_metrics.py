@@ -207,11 +207,10 @@ def test_what_shards_cannot_merge_ranks_cannot_either(
 ) -> None:
     def on_rank(world: Any) -> None:
         module = holder(metric())
-        with RankMetrics(world, module) as metrics:
+        with pytest.raises(ValueError, match=why), RankMetrics(world, module) as metrics:
             metrics.part()
             module.metric.update(*arguments)
-            with pytest.raises(ValueError, match=why):
-                metrics.join()
+            metrics.join()
 
     ranks(2, on_rank)
 
@@ -392,6 +391,32 @@ def test_states_that_were_put_back_are_nobodys_part() -> None:
             return module.metric.compute().item()
 
     assert ranks(2, on_rank) == [7.0, 7.0]
+
+
+def test_a_run_that_fails_leaves_what_all_ranks_had_when_they_last_met() -> None:
+    def on_rank(world: Any) -> float:
+        module = holder(SumMetric())
+        with pytest.raises(ValueError, match="in a step"), RankMetrics(world, module) as metrics:
+            metrics.part()
+            module.metric.update(1.0)
+            metrics.join()
+            metrics.part()
+            module.metric.update(5.0)
+            raise ValueError("in a step")
+        return module.metric.compute().item()
+
+    assert ranks(2, on_rank) == [2.0, 2.0]
+
+
+def test_a_run_ends_with_whole_metrics() -> None:
+    def on_rank(world: Any) -> float:
+        module = holder(SumMetric())
+        with RankMetrics(world, module) as metrics:
+            metrics.part()
+            module.metric.update(1.0 + world.rank)
+        return module.metric.compute().item()
+
+    assert ranks(2, on_rank) == [3.0, 3.0]
 
 
 def test_nothing_is_sent_where_no_step_was_done() -> None:

@@ -142,6 +142,16 @@ def test_whole_state_is_on_rank_zero_and_goes_on_bit_by_bit(two_ranks: RankPool)
         assert found == {"rank zero alone": True, "equal": True}
 
 
+def test_a_released_module_is_an_ordinary_one_with_its_own_parameters(two_ranks: RankPool) -> None:
+    for found in two_ranks.run(run_case, "released"):
+        same(found)
+        assert found["hidden"] == [0, 0]
+        assert found["as before"]
+        assert found["back"]
+        assert found["same"]
+        assert found["left"]
+
+
 def test_norms_limits_and_faults_are_those_of_all_ranks(two_ranks: RankPool) -> None:
     for found in two_ranks.run(run_case, "norms_and_nonfinite"):
         assert found["off"] < 1e-12

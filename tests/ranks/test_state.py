@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import CatMetric, SumMetric
 
 from composefit import LoopModule, SingleDevice, Trainer, checkpoint, snapshot
-from composefit.callbacks import Callback, ModelCheckpoint, PredictionWriter
+from composefit.callbacks import Callback, EarlyStopping, ModelCheckpoint, PredictionWriter
 from composefit.data import Batches, Rows
 from composefit.loggers import CSVLogger
 from composefit.loggers.silent import Silent
@@ -27,10 +28,13 @@ class Spared:
     """A driver of one rank, which takes `Rows` and hands over no shard where there are none."""
 
     def __init__(self, driver: Any) -> None:
-        self.driver = driver
+        vars(self)["driver"] = driver
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.driver, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.driver, name, value)
 
     def step(self, batches: list[Any], *where: int) -> list[Any]:
         (batch,) = batches
@@ -117,7 +121,7 @@ SAMPLES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 10.0], dtype=torch.float64)
 
 def with_metrics(trainer: RankTrainer, module: Any) -> RankMetrics:
     found = RankMetrics(trainer.world, module)
-    trainer.rank_metrics = found  # type: ignore[attr-defined]
+    trainer.rank_metrics = found
     return found
 
 
@@ -127,9 +131,8 @@ def with_metrics(trainer: RankTrainer, module: Any) -> RankMetrics:
 def test_an_evaluation_is_of_all_ranks_samples(tmp_path: Path) -> None:
     def on_rank(world: Any) -> Any:
         module, trainer = Sum(), RankTrainer(world, tmp_path, log_every_n_steps=1)
-        with with_metrics(trainer, module):
-            (found,) = trainer.validate(module, LOADED[world.rank], verbose=False)
-            (again,) = trainer.validate(module, LOADED[world.rank], verbose=False)
+        (found,) = trainer.validate(module, LOADED[world.rank], verbose=False)
+        (again,) = trainer.validate(module, LOADED[world.rank], verbose=False)
         assert found == again
         return found["mean"], module.at_end, module.total.compute().item()
 
@@ -153,8 +156,7 @@ def test_outputs_are_joined_in_the_order_of_the_samples(tmp_path: Path, several:
         hearing = Hearing()
         trainer = RankTrainer(world, tmp_path, callbacks=hearing)
         module, loader = Sum(), LOADED[world.rank]
-        with with_metrics(trainer, module):
-            trainer.validate(module, {"a": loader, "b": loader} if several else loader)
+        trainer.validate(module, {"a": loader, "b": loader} if several else loader)
         return hearing.heard
 
     expected = [([2.0, 4.0, 6.0, 8.0, 10.0], 3.0), ([20.0], 10.0)]
@@ -164,8 +166,7 @@ def test_outputs_are_joined_in_the_order_of_the_samples(tmp_path: Path, several:
 def test_nothing_is_sent_for_outputs_that_nobody_hears(tmp_path: Path) -> None:
     def on_rank(world: Any) -> list[str]:
         module, trainer = Sum(), RankTrainer(world, tmp_path)
-        with with_metrics(trainer, module):
-            trainer.validate(module, LOADED[world.rank])
+        trainer.validate(module, LOADED[world.rank])
         return world.places
 
     for places in ranks(2, on_rank):
@@ -248,7 +249,7 @@ def test_an_evaluation_that_fails_leaves_no_metric_changed_on_any_rank(tmp_path:
 
 
 def test_a_metric_that_several_loaders_share_is_of_each_by_itself(tmp_path: Path) -> None:
-    class Largest(Net):
+    class Counting(Net):
         def validation_step(self, x: Tensor) -> None:
             self.total.update(x)
             self.log("total", self.total)
@@ -257,9 +258,8 @@ def test_a_metric_that_several_loaders_share_is_of_each_by_itself(tmp_path: Path
             pass
 
     def on_rank(world: Any) -> Any:
-        module, trainer = Largest(), RankTrainer(world, tmp_path)
-        with with_metrics(trainer, module):
-            found = trainer.validate(module, {n: LOADED[world.rank] for n in "ab"}, verbose=False)
+        module, trainer = Counting(), RankTrainer(world, tmp_path)
+        found = trainer.validate(module, {n: LOADED[world.rank] for n in "ab"}, verbose=False)
         return [value for one in found for value in one.values()]
 
     assert ranks(2, on_rank) == [[SAMPLES.sum().item()] * 2] * 2
@@ -276,7 +276,7 @@ class Steps(Loop):
 
     def run(self, trainer: Any, module: Any) -> None:
         for number, batch in enumerate(self.batches.epoch(0), 1):
-            if trainer.rank_metrics is not None:
+            if trainer.rank_metrics is not None:  # the strategy is none of ranks, so nobody has
                 trainer.rank_metrics.part()
             trainer.step(module, [batch])
             self.batches.mark()
@@ -292,9 +292,6 @@ class Steps(Loop):
 
 def stepped(world: Any, root: Path, batches: Any, steps: int, path: Any = None) -> RankTrainer:
     module, trainer = Net(), RankTrainer(world, root, log_every_n_steps=1000)
-    trainer.rank_metrics = None  # type: ignore[attr-defined]
-    if world is not None:
-        with_metrics(trainer, module).__enter__()
     trainer.run(Steps(batches, steps), module, path)
     return trainer
 
@@ -322,7 +319,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(
         own = world_of(world, after)
         trainer = stepped(own, tmp_path, rows(world.rank, after), 2, tmp_path / "x.ckpt")
         if own is not None:
-            trainer.logs.exchange(own, trainer.rank_metrics, whole=True)  # type: ignore[attr-defined]
+            trainer.logs.exchange(own, trainer.rank_metrics, whole=True)
         trainer.logs.end_epoch()
         assert isinstance(trainer.module, Net)
         return trainer.logs.all_values()["loss_epoch"], trainer.module.total.compute().item()
@@ -517,7 +514,18 @@ def test_the_places_of_ranks_in_their_own_data_are_kept() -> None:
 
 
 class Writing(SteppedTrainer):
-    """Only rank 0 writes, as a trainer's `save_checkpoint` has it."""
+    """Only rank 0 writes, as a trainer's `save_checkpoint` has it; logs meet by their mean."""
+
+    def __init__(self, root: Path, *callbacks: Callback, **given: Any) -> None:
+        super().__init__(root, *callbacks, **given)
+        self.rank_metrics = None
+        self.logs = SimpleNamespace(exchange=self._exchange)
+        self.evaluation = SimpleNamespace(logs=SimpleNamespace(exchange=lambda *_: None))
+
+    def _exchange(self, world: Any, _: Any) -> None:
+        everyone = world.gather("logs", self.callback_metrics)
+        for name in self.callback_metrics:
+            self.callback_metrics[name] = torch.stack([one[name] for one in everyone]).mean()
 
     def save_checkpoint(self, path: Any, *how: Any, **more: Any) -> None:
         if self.is_global_zero:
@@ -541,6 +549,29 @@ def test_names_of_checkpoints_are_as_rank_zero_finds_them(tmp_path: Path) -> Non
     first, second = ranks(2, on_rank)
     assert first == second
     assert Path(first[0]).parent == tmp_path / "0" and first[0].endswith("best-v1.ckpt")
+
+
+def test_ranks_judge_by_what_all_have_logged(tmp_path: Path) -> None:
+    """Each by its own value would go its own way: one saves, and waits in vain."""
+    own = [[1.0, 3.0, 5.0], [9.0, 4.0, 5.0]]  # the second is better for one, and for all
+
+    def on_rank(world: Any) -> Any:
+        callback = ModelCheckpoint(
+            tmp_path, filename="{step}", monitor="x", every_n_train_steps=1, save_last=False
+        )
+        stopping = EarlyStopping("x", patience=1, check_on_train_epoch_end=True)
+        given = {"world": world, "is_global_zero": world.rank == 0}
+        trainer = Writing(tmp_path, stopping, callback, **given)
+        trainer.begin()
+        stops = []
+        for value in own[world.rank]:
+            trainer.step(x=value)
+            trainer.log(x=value)
+            trainer.end_epoch()
+            stops.append(trainer.should_stop)
+        return Path(callback.best_model_path).name, stops
+
+    assert ranks(2, on_rank) == [("step=2.ckpt", [False, False, True])] * 2
 
 
 def test_a_file_that_only_another_rank_sees_changes_no_name(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from composefit.callbacks.callback import Callback
 from composefit.callbacks.model_checkpoint import ModelCheckpoint
 from composefit.callbacks.monitor import (
     Mode,
+    agreed_values,
     as_score,
     better,
     check_count,
@@ -132,7 +133,7 @@ class EarlyStopping(Callback):
             return  # an epoch that was cut short may go on
         if judges_at_epoch_end(trainer, self.check_on_train_epoch_end) is not at_epoch_end:
             return
-        known = trainer.callback_metrics
+        known = agreed_values(trainer)
         if self.monitor not in known:
             if self.strict:
                 raise never_logged(f"EarlyStopping({self.monitor!r})", [self.monitor], known)

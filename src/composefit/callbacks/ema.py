@@ -16,7 +16,6 @@ from composefit import checkpoint
 from composefit.callbacks.callback import Callback
 from composefit.callbacks.monitor import check_count
 from composefit.callbacks.stand_in import StandIn, substitute, tensors_of
-from composefit.strategies.sharding.state import cut_like
 
 
 class EMA(Callback):
@@ -115,10 +114,17 @@ class EMA(Callback):
         self._begun = True
         self._owner = weakref.ref(module)
         self._find_names(module)
+        self._place(trainer, module)
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         """Find them again: some may be new."""
         self._find_names(module)
+
+    def _place(self, trainer: Any, module: nn.Module) -> None:
+        """In a checkpoint averages are whole; here they are sharded as their weights are."""
+        place = getattr(getattr(trainer, "strategy", None), "load_weights", None)
+        if place is not None and self._averages:
+            self._averages = dict(place(module, self._averages))
 
     def _find_names(self, module: nn.Module) -> None:
         self._names = {id(tensor): name for name, tensor in self._tensors(module).items()}
@@ -164,9 +170,8 @@ class EMA(Callback):
             if average is None:
                 self._averages[name] = value.to(dtype, copy=True)
                 continue
-            if average.device != value.device or type(average) is not type(value):
-                # From a checkpoint, where it is whole and on the CPU.
-                average = self._averages[name] = cut_like(average.to(value.device), value)
+            if average.device != value.device:  # from a checkpoint
+                average = self._averages[name] = average.to(value.device)
             averages, current = alike[average.device, average.dtype]
             averages.append(average)
             current.append(value.to(average.dtype))
@@ -178,7 +183,7 @@ class EMA(Callback):
     def on_validation_start(self, trainer: Any, module: Any) -> None:
         """The averages stand in for the weights."""
         if self.validate:
-            self._step_in(module)
+            self._step_in(trainer, module)
 
     def on_validation_end(self, trainer: Any, module: Any) -> None:
         """The weights are back."""
@@ -186,7 +191,7 @@ class EMA(Callback):
 
     def on_test_start(self, trainer: Any, module: Any) -> None:
         """The averages stand in for the weights."""
-        self._step_in(module)
+        self._step_in(trainer, module)
 
     def on_test_end(self, trainer: Any, module: Any) -> None:
         """The weights are back."""
@@ -194,7 +199,7 @@ class EMA(Callback):
 
     def on_predict_start(self, trainer: Any, module: Any) -> None:
         """The averages stand in for the weights."""
-        self._step_in(module)
+        self._step_in(trainer, module)
 
     def on_predict_end(self, trainer: Any, module: Any) -> None:
         """The weights are back."""
@@ -208,10 +213,11 @@ class EMA(Callback):
         """The same."""
         self._step_back()
 
-    def _step_in(self, module: nn.Module) -> None:
+    def _step_in(self, trainer: Any, module: nn.Module) -> None:
         # Another module than the one that was averaged is evaluated as it is.
         others = self._owner is not None and self._owner() is not module
         if self._stand_in is None and self._averages and not others:
+            self._place(trainer, module)
             self._stand_in = StandIn(module, self._tensors(module), self._averages)
 
     def _step_back(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from composefit.callbacks.callback import Callback
 
@@ -54,7 +53,7 @@ class GradientNormMonitor(Callback):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        if any(isinstance(gradient, DTensor) for gradient in gradients):  # of all ranks' parts
+        if any(hasattr(gradient, "full_tensor") for gradient in gradients):  # sharded over ranks
             norm = trainer.strategy.norm(gradients, self.norm_type)
         else:
             norm = torch.nn.utils.get_total_norm(gradients, self.norm_type)

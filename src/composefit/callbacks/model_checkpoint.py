@@ -13,6 +13,7 @@ from composefit.callbacks.callback import Callback
 from composefit.callbacks.file_name import FileName
 from composefit.callbacks.monitor import (
     Mode,
+    agreed_values,
     as_score,
     better,
     check_count,
@@ -289,7 +290,7 @@ class ModelCheckpoint(Callback):
         wrote = False
         if self._names_files:
             values = {
-                **trainer.callback_metrics,
+                **agreed_values(trainer),
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
             }

@@ -74,6 +74,15 @@ def as_score(value: Any) -> Tensor:
     return score
 
 
+def agreed_values(trainer: Any) -> dict[str, Tensor]:
+    """Everything logged by now, the same on all ranks; all of them call it."""
+    if trainer.world is not None:
+        for logs in (trainer.logs, trainer.evaluation.logs):
+            logs.exchange(trainer.world, trainer.rank_metrics)
+    found: dict[str, Tensor] = trainer.callback_metrics
+    return found
+
+
 def judges_at_epoch_end(trainer: Any, chosen: bool | None) -> bool:
     """Whether values are judged at the end of a training epoch, not of each validation.
 

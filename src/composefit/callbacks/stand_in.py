@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from composefit.strategies.sharding.state import cut_like
-
 
 class StandIn:
     """Other values in the place of a module's own, until they are put back.
@@ -46,7 +44,7 @@ class StandIn:
             )
             for name, tensor in self.pairs.items():
                 # In place: fused and flattened weights stay where they are.
-                tensor.copy_(cut_like(values[name], tensor))
+                tensor.copy_(values[name])
 
     def put_back(self) -> None:
         """The module's own values are back, bit by bit."""

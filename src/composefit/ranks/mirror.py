@@ -114,6 +114,10 @@ class Mirror:
         self.special: Known = _nothing_special
         self.lost: list[tuple[str, Exception]] = []
 
+    def number(self, obj: Any) -> int | None:
+        """The number of a copy, None for what is none; its content is not asked for."""
+        return self._numbers.get(id(obj))
+
     def known(self, obj: Any) -> Any:
         """What stands for an object, a number for a copy; for `parcels.pack`."""
         number = self._numbers.get(id(obj))

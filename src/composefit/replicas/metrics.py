@@ -193,7 +193,8 @@ class RankMetrics:
     the same: what all have counted. `part` sets that aside, so that a step counts the rank's own
     samples from nothing, and `join` adds up what was counted since. So nothing counts twice,
     whether a metric is reset or goes on, and each number travels once. A metric that only some
-    ranks have updated is merged like any other.
+    ranks have updated is merged like any other. A run ends with whole ones, and where it fails,
+    with what they were when ranks last met.
 
     Meanwhile torchmetrics' own synchronisation is off: it would send messages on whichever rank
     calls `compute`, and add up states that are whole. Groups of a `MetricCollection` that are not
@@ -229,7 +230,13 @@ class RankMetrics:
         self._look()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if kind is None:
+            self.join()
+        else:  # ranks can no longer meet: as they last did
+            for name, before in self._before.items():
+                vars(self._named[name]).update(before.states, _computed=None)
+            self.forget()
         self._look()
         for metric in self._named.values():
             _give_back(metric)

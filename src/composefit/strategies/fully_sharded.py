@@ -46,6 +46,7 @@ from composefit.strategies.sharding.internals import (
 )
 from composefit.strategies.sharding.reduction import ShardedReducer
 from composefit.strategies.sharding.stepping import step_locally
+from composefit.strategies.sharding.undoing import Before
 from composefit.strategies.sharding.units import Policy, Units, check_policy, choose_units
 
 
@@ -110,6 +111,7 @@ class FullySharded(Distributed):
         self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward
         self._groups: WeakKeyDictionary[nn.Module, list[Group]] = WeakKeyDictionary()
+        self._before: WeakKeyDictionary[nn.Module, Before] = WeakKeyDictionary()
         self._by_parameter: dict[int, ShardedParameter] = {}
         self._by_leaf: dict[int, ShardedParameter] = {}
         self._held: set[Group] = set()
@@ -132,6 +134,7 @@ class FullySharded(Distributed):
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()]
         world.agree(f"the module of parameters {shapes}")
         units = choose_units(module, self.policy)
+        before = Before(module)
         if units is not None:
             self._shard(world, units, dtype)
         self.inner.place(module, dtype)
@@ -155,6 +158,8 @@ class FullySharded(Distributed):
                 self._by_leaf[id(one.leaf)] = one
             self._prepare(world, group, recurrent)
         self._groups[module] = groups
+        before.empty_({id(parameter): None for parameter in module.parameters()})
+        self._before[module] = before
 
     def _shard(self, world: World, units: Units, dtype: torch.dtype | None) -> None:
         mesh, whole = self._own_mesh(world), set(units.whole)
@@ -316,6 +321,30 @@ class FullySharded(Distributed):
             On rank 0 the same tree without sharded tensors; on others what was sharded is empty.
         """
         return state.gathered(value, self.world is None or self.world.rank == 0)
+
+    def release(self, module: nn.Module, keep: bool = True) -> dict[int, Parameter]:
+        """Make a module an ordinary one again, with whole parameters; all ranks must call it.
+
+        The parameters are the same objects as before the module was placed. Its optimizers still
+        hold the sharded ones.
+
+        Args:
+            module: was placed by this strategy; another one stays as it is.
+            keep: whether this rank wants the numbers; elsewhere parameters are empty.
+
+        Returns:
+            By the id of each sharded parameter the whole one that has taken its place.
+        """
+        before = self._before.pop(module, None)
+        if before is None:
+            return {}
+        self.end_step(module)
+        whole: dict[int, Tensor] = {}
+        for group in self._groups.pop(module):
+            for one in group.parameters:
+                del self._by_parameter[id(one.parameter)], self._by_leaf[id(one.leaf)]
+                whole[id(one.parameter)] = state.whole(one.parameter, keep, one.parameter.device)
+        return before.put_back(whole)
 
     def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
         """Whole weights as `module.load_state_dict` takes them; each rank has the whole ones."""

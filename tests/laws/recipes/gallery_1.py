@@ -1,5 +1,4 @@
-"""Recipes of `examples/recipes` in reduced size, their own steps: adversarial and generative ones,
-language models, distillation, gradient surgery.
+"""Recipes of `examples/recipes` in reduced size, their own steps: those of part 1 of the gallery.
 
 Smaller networks, GroupNorm where they have BatchNorm, and SGD, which does not divide by gradients
 that are nothing but rounding. Each is compared with a loop written by hand; those that draw within
@@ -10,7 +9,6 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,10 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import SGD
 
 from composefit import LoopModule
-from tests.laws.recipe import Draws, Loop
+from tests.laws.recipe import Draws, Recipe
 from tests.laws.recipes.adversarial import draws_of_steps
 
 FOLDER = Path(__file__).parents[3] / "examples" / "recipes"
-SIZES = [7, 5, 6, 11, 9, 8]  # no number of shards divides them all
-GROUPS = [12, 10, 8, 16, 11, 9]  # at least two groups of four
 
 
 def example(name: str) -> Any:
@@ -38,41 +34,30 @@ def example(name: str) -> Any:
         sys.path.remove(str(FOLDER))
 
 
-@dataclass(frozen=True)
-class Reduced:
-    """A recipe in reduced size.
+def reduced(
+    name: str, make: Callable[[Any], LoopModule], **rates: float
+) -> Callable[[], LoopModule]:
+    """How to build a module out of a recipe's file, with SGD in place of its own optimizers.
 
-    Attributes:
-        file: its name in `examples/recipes`.
+    Args:
+        name: of the file.
         make: builds the module, of what stands in the file.
-        rates: the learning rate of each optimizer, "" for the only one.
-        batches: makes a batch of each of these sizes.
-        by_hand: full batch, one device; None: one shard.
-        sizes: of the batches.
-        arguments: of the comparison.
+        rates: the learning rate of each optimizer; `rate` for the only one.
     """
 
-    file: str
-    make: Callable[[Any], LoopModule]
-    rates: dict[str, float]
-    batches: Callable[[list[int]], list[Any]]
-    by_hand: Loop | None
-    sizes: list[int] = field(default_factory=lambda: SIZES)
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def module(self) -> LoopModule:
-        """The module, with SGD in place of its own optimizers."""
-        module = self.make(example(self.file))
-        own = module.configure_optimizers()
-        rates = self.rates
+    def module() -> LoopModule:
+        made = make(example(name))
+        own = made.configure_optimizers()
 
         def configure_optimizers() -> Any:
-            if "" in rates:
-                return SGD((p for p in module.parameters() if p.requires_grad), lr=rates[""])
-            return {name: SGD(parameters_of(own[name]), lr=lr) for name, lr in rates.items()}
+            if isinstance(own, dict):
+                return {name: SGD(parameters_of(own[name]), lr=lr) for name, lr in rates.items()}
+            return SGD((p for p in made.parameters() if p.requires_grad), lr=rates["rate"])
 
-        module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
-        return module
+        made.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+        return made
+
+    return module
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -303,14 +288,16 @@ def overlaid(sizes: list[int]) -> list[Any]:
 def multitask_pcgrad(module: Any, batches: Sequence[Any]) -> Iterator[None]:
     parameters = list(module.parameters())
     against = 0
-    for (x, *wanted) in batches:
+    for x, *wanted in batches:
         features = module.trunk(x)
         slopes = []
         for head, y in zip(module.heads, wanted, strict=True):
             loss = F.cross_entropy(head(features), y)
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             pairs = zip(found, parameters, strict=True)
-            slopes.append(parameters_to_vector([torch.zeros_like(p) if g is None else g for g, p in pairs]))
+            slopes.append(
+                parameters_to_vector([torch.zeros_like(p) if g is None else g for g, p in pairs])
+            )
         a, b = slopes
         dot = a @ b
         against += bool(dot < 0)
@@ -333,53 +320,56 @@ def make_two_digits(file: Any) -> LoopModule:
     return module
 
 
-BOTH = {"critic": 0.02, "generator": 0.02}
+def groups_of_images(sizes: list[int]) -> list[Any]:
+    """Several groups of four, and a rest."""
+    return images([4 * n + 3 for n in sizes])
 
-GALLERY_1 = {
-    "DCGAN": Reduced(
-        "dcgan",
-        lambda file: file.DCGAN(width=4, norm="group"),
-        {"critic": 0.05, "generator": 0.05},
+
+RECIPES = {
+    "DCGAN": Recipe(
+        reduced("dcgan", lambda f: f.DCGAN(4, norm="group"), critic=0.05, generator=0.05),
         images,
         dcgan,
     ),
-    "WGAN-GP, fresh batches": Reduced(
-        "wgan_gp", lambda file: file.WGANGP(width=4), BOTH, images, wgan_gp
+    "WGAN-GP, fresh batches": Recipe(
+        reduced("wgan_gp", lambda f: f.WGANGP(4), critic=0.02, generator=0.02), images, wgan_gp
     ),
-    "WGAN-GP, one batch": Reduced(
-        "wgan_gp", lambda file: file.WGANGP(width=4, fresh=False), BOTH, images, wgan_gp
+    "WGAN-GP, one batch": Recipe(
+        reduced("wgan_gp", lambda f: f.WGANGP(4, fresh=False), critic=0.02, generator=0.02),
+        images,
+        wgan_gp,
     ),
-    "StyleGAN2": Reduced(
-        "stylegan2", lambda file: file.StyleGAN2(width=4), BOTH, images, stylegan2, GROUPS
+    "StyleGAN2": Recipe(
+        reduced("stylegan2", lambda f: f.StyleGAN2(4), critic=0.02, generator=0.02),
+        groups_of_images,
+        stylegan2,
     ),
-    "CycleGAN": Reduced(
-        "cyclegan",
-        lambda file: file.CycleGAN(width=4, pool=8),
-        {"generators": 0.02, "critics": 0.02},
+    "CycleGAN": Recipe(
+        reduced("cyclegan", lambda f: f.CycleGAN(4, pool=8), generators=0.02, critics=0.02),
         pairs_of_images,
         None,
     ),
-    "VQ-GAN": Reduced(
-        "vqgan",
-        lambda file: file.VQGAN(width=8, norm="group", critic_from=2),
-        {"coder": 0.05, "critic": 0.05},
+    "VQ-GAN": Recipe(
+        reduced("vqgan", lambda f: f.VQGAN(8, "group", critic_from=2), coder=0.05, critic=0.05),
         images,
         None,
     ),
-    "diffusion": Reduced(
-        "diffusion", lambda file: file.Diffusion(width=16), {"": 0.1}, images, diffusion
+    "diffusion": Recipe(
+        reduced("diffusion", lambda f: f.Diffusion(16), rate=0.1), images, diffusion
     ),
-    "language model": Reduced(
-        "language_model", lambda file: file.LanguageModel(16, 1), {"": 0.1}, lines(9), language_model
+    "language model": Recipe(
+        reduced("language_model", lambda f: f.LanguageModel(16, 1), rate=0.1),
+        lines(9),
+        language_model,
     ),
-    "mixture of experts": Reduced(
-        "mixture_of_experts",
-        lambda file: file.MixtureOfExperts(16, 3, 2),
-        {"": 0.1},
+    "mixture of experts": Recipe(
+        reduced("mixture_of_experts", lambda f: f.MixtureOfExperts(16, 3, 2), rate=0.1),
         lines(12),
         mixture_of_experts,
     ),
-    "LoRA": Reduced("lora", make_lora, {"": 0.5}, labelled_lines, lora),
-    "distillation": Reduced("distillation", make_student, {"": 0.05}, images, distillation),
-    "PCGrad": Reduced("multitask_pcgrad", make_two_digits, {"": 0.1}, overlaid, multitask_pcgrad),
+    "LoRA": Recipe(reduced("lora", make_lora, rate=0.5), labelled_lines, lora),
+    "distillation": Recipe(reduced("distillation", make_student, rate=0.05), images, distillation),
+    "PCGrad": Recipe(
+        reduced("multitask_pcgrad", make_two_digits, rate=0.1), overlaid, multitask_pcgrad
+    ),
 }

@@ -48,22 +48,28 @@ def gathered(state: Any, keep: bool) -> Any:
         The tree; with `keep=False` an empty tensor stands for each that was sharded.
     """
 
-    def whole(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        with torch.no_grad():
-            full = tensor.full_tensor()
-        return full.cpu() if keep else full.new_empty(0)
+    cpu = torch.device("cpu")
 
-    return map_tensors(whole, state)
+    def of(tensor: Tensor) -> Tensor:
+        return whole(tensor, keep, cpu) if isinstance(tensor, DTensor) else tensor
+
+    return map_tensors(of, state)
+
+
+def whole(tensor: Tensor, keep: bool, device: torch.device) -> Tensor:
+    """All of a sharded tensor; empty with `keep=False`. All ranks must call it."""
+    assert isinstance(tensor, DTensor)
+    with torch.no_grad():
+        full: Tensor = tensor.full_tensor()
+        return full.to(device) if keep else full.new_empty(0)
 
 
 def cut_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's rows of a whole tensor, if `like` is sharded; nothing is sent."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
-    whole = value.detach().to(like.device, like.dtype)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    full = value.detach().to(like.device, like.dtype)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def for_module(module: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:

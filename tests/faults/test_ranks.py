@@ -1,0 +1,260 @@
+"""F47 and F48: a rank that raises, dies, leaves or hangs, in a training that launches two ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from composefit import LoopModule, Trainer, checkpoint
+from composefit.ranks import PeerFailed
+from composefit.strategies.distributed import Distributed
+
+#: So many steps are done, and an epoch has as many, when the fault comes.
+STEPS = 3
+
+#: Seconds to the job's end; five at most on a machine that does nothing else.
+LIMIT = 60.0
+
+
+class Cause(ValueError):
+    """The error of the rank at fault; no other rank raises it."""
+
+
+def fail(how: str, folder: Path) -> None:
+    """What the rank at fault does."""
+    (folder / "fault").write_text(str(time.monotonic()))
+    if how == "raises":
+        raise Cause("the user's own")
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "calls sys.exit":
+        sys.exit(0)
+    if how == "calls os._exit":
+        os._exit(0)
+    if how == "hangs":
+        time.sleep(1000)
+
+
+class Net(LoopModule):
+    """Two optimizers; one rank is at fault, once, at one place."""
+
+    def __init__(self, how: str, rank: int, place: str, folder: Path) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 1), nn.Linear(3, 1)
+        self.how, self.rank, self.place, self.folder = how, rank, place, folder
+
+    def configure_optimizers(self) -> Any:
+        return {
+            "a": torch.optim.SGD(self.a.parameters()),
+            "b": torch.optim.SGD(self.b.parameters()),
+        }
+
+    def reach(self, place: str) -> None:
+        if (place, self.global_rank) == (self.place, self.rank) and self.global_step >= STEPS:
+            fail(self.how, self.folder)
+
+    def training_step(self, batch: Any) -> Any:
+        (x,) = batch
+        yield {"a": self.a(x).mean()}
+        self.reach("training")
+        if self.how == "skips an update" and self.rank == self.global_rank:
+            return
+        yield {"b": self.b(x).mean()}
+
+    def validation_step(self, batch: Any) -> None:
+        if not self.trainer.sanity_checking:
+            self.reach("validation")
+        self.log("val", self.a(batch[0]).mean())
+
+    def on_save_checkpoint(self, state: dict[str, Any]) -> None:
+        self.reach("checkpoint")
+
+
+def loader() -> DataLoader[Any]:
+    """With a worker: a process that must not stay either."""
+    return DataLoader(TensorDataset(torch.randn(4 * STEPS, 3)), batch_size=4, num_workers=1)
+
+
+@pytest.fixture(autouse=True)
+def no_orphans() -> Iterator[None]:
+    """No process that a test has started, or that those have, is left."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    left = [one for one in psutil.Process().children(recursive=True) if one not in before]
+    for one in psutil.process_iter(["pid", "cmdline"]):
+        if any("/composefit-" in part for part in one.info["cmdline"] or ()):
+            left += [one] if one.ppid() == 1 else []
+    assert left == []
+
+
+def run(how: str, rank: int, place: str, folder: Path, timeout: float = 100.0) -> Trainer:
+    trainer = Trainer(
+        strategy=Distributed(processes=2, accelerator="cpu", timeout=timeout),
+        max_epochs=2,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Net(how, rank, place, folder), loader(), loader())
+    return trainer
+
+
+def seconds(folder: Path) -> float:
+    """Since the fault."""
+    return time.monotonic() - float((folder / "fault").read_text())
+
+
+FAULTS = ("raises", "is killed", "calls sys.exit", "calls os._exit")
+PLACES = ("training", "validation", "checkpoint")
+
+# Each fault, rank and place at least once; all combinations take minutes.
+SOME = [
+    ("raises", 1, "training"),
+    ("is killed", 0, "training"),
+    ("calls sys.exit", 1, "validation"),
+    ("calls os._exit", 0, "checkpoint"),
+    ("raises", 0, "checkpoint"),
+    ("is killed", 1, "validation"),
+]
+ALL = [
+    pytest.param(how, rank, place, marks=[] if (how, rank, place) in SOME else pytest.mark.slow)
+    for how in FAULTS
+    for rank in (0, 1)
+    for place in PLACES
+    if not (rank == 1 and place == "checkpoint")  # rank 0 alone writes
+]
+
+
+@pytest.mark.parametrize(("how", "rank", "place"), ALL)
+def test_f47_a_rank_that_ends_is_told_first_and_nothing_stays(
+    how: str, rank: int, place: str, tmp_path: Path
+) -> None:
+    if how == "raises":
+        with pytest.raises(Cause, match="the user's own") as own:
+            run(how, rank, place, tmp_path)
+        assert f"in rank {rank}" in str(own.value.__cause__)
+        assert "self.reach(" in str(own.value.__cause__), "the traceback at the user's line"
+    else:
+        words = {
+            "is killed": "was killed by SIGKILL",
+            "calls sys.exit": "has ended by itself while others were running: SystemExit: 0",
+            "calls os._exit": "has ended its process with exit code 0",
+        }
+        with pytest.raises(RuntimeError, match=f"rank {rank} of 2 {words[how]}"):
+            run(how, rank, place, tmp_path)
+    assert seconds(tmp_path) < LIMIT
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_f48_a_rank_that_hangs_is_named_with_its_line(rank: int, tmp_path: Path) -> None:
+    with pytest.raises(PeerFailed, match=f"rank {rank} did not come to .* within 3 s") as caught:
+        run("hangs", rank, "training", tmp_path, timeout=3.0)
+    (note,) = [one for one in caught.value.__notes__ if one.startswith(f"rank {rank}")]
+    assert "in fail" in note
+    assert "in training_step" in note
+    assert seconds(tmp_path) < LIMIT
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_f48_a_rank_that_skips_an_update_is_named_with_both_yields(
+    rank: int, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        run("skips an update", rank, "training", tmp_path)
+    text = "\n".join([str(caught.value), *caught.value.__notes__])
+    assert "rank 0" in text and "rank 1" in text
+    assert "'b'" in text
+
+
+def test_f47_what_was_saved_before_is_whole_and_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="was killed"):
+        run("is killed", 1, "training", tmp_path)
+    state = checkpoint.load(tmp_path / "last.ckpt")
+    assert state["global_step"] == STEPS
+    trainer = Trainer(
+        strategy=Distributed(processes=2, accelerator="cpu"),
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Net("", 0, "", tmp_path), loader(), loader(), ckpt_path="auto")
+    assert trainer.global_step == 2 * STEPS
+
+
+# -- torchrun ----------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from composefit import LoopModule, Trainer
+
+class Net(LoopModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = torch.nn.Linear(3, 1)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    def training_step(self, batch):
+        first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if sys.argv[2] == "dies" and first and self.global_step == 5 and self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        noise = self.random.normal(len(batch[0]), 3)
+        return (self.layer(batch[0] + noise) ** 2).mean()
+
+torch.manual_seed(2)
+rows = TensorDataset(torch.randn(12, 3))
+net = Net()
+trainer = Trainer(
+    strategy="ddp", accelerator="cpu", seed=3, max_epochs=4, default_root_dir=sys.argv[1],
+    enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(net, DataLoader(rows, batch_size=4, shuffle=True), ckpt_path="auto")
+if trainer.is_global_zero:
+    torch.save((trainer.global_step, net.state_dict()), sys.argv[1] + "/end.pt")
+"""
+
+
+@pytest.mark.slow
+def test_f47_torchrun_restarts_the_job_and_nothing_is_lost(tmp_path: Path) -> None:
+    ends = []
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for what in ("lives", "dies"):
+        folder = tmp_path / what
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", "--max-restarts=1", str(script), str(folder), what]
+        sources = str(Path(checkpoint.__file__).parents[1])
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": sources, "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            text, _ = process.communicate(timeout=200)
+        finally:
+            process.kill()
+        assert process.returncode == 0, text
+        ends.append(torch.load(folder / "end.pt", weights_only=True))
+    (steps, weights), (steps_again, weights_again) = ends
+    assert steps == steps_again == 12
+    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
