@@ -84,7 +84,7 @@ def build(quick: bool = False) -> tuple[DCGAN, Loader]:
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
     fitter = trainer(strategy, devices, max_steps=4 if quick else 700)
-    return draw_digits(fitter, module, batches, NOISE, target=4.0)
+    return draw_digits(fitter, module, batches, NOISE, target=6.0)
 
 
 if __name__ == "__main__":

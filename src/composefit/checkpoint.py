@@ -98,6 +98,25 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     return state
 
 
+def load_any(path: str | os.PathLike[str], world: Any = None) -> dict[str, Any]:
+    """A checkpoint, be it a file or a folder of a sharded training, with whole tensors on the CPU.
+
+    Args:
+        path: the file or folder.
+        world: the ranks, all of which call this; None: this process reads it by itself.
+
+    Raises:
+        See `load` and `composefit.sharded_checkpoint.load`.
+    """
+    if not os.path.isdir(path):
+        return load(path)
+    # Here, since it is built on this module, and torch's part of it takes a second to import.
+    from composefit import sharded_checkpoint
+
+    state: dict[str, Any] = sharded_checkpoint.joined(*sharded_checkpoint.load(path, world=world))
+    return state
+
+
 def refuse_address(path: str | os.PathLike[str]) -> None:
     """Refuse an address in place of a file: what is fetched from elsewhere is the user's choice.
 

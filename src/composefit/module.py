@@ -325,7 +325,7 @@ class LoopModule(ModuleHooks, nn.Module):
             TypeError: an argument that `__init__` needs is neither kept nor given.
             RuntimeError: the file is damaged, or of another module: the difference is listed.
         """
-        state = checkpoint.load(checkpoint_path, map_location)
+        state = checkpoint.load_any(checkpoint_path)
         checkpoint.of_trainer(state, checkpoint_path)
         module = build(cls, state.get("hyper_parameters", {}), overrides, state.get("hparams_name"))
         partly = not strict or state.get("trainable_only", False)

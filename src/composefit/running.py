@@ -65,7 +65,7 @@ def running(
                 stack.enter_context(_quiet_warnings())
         if trainer.profiler is not None:
             trainer.profiler.start()
-            stack.callback(_finish, trainer.profiler)
+            stack.callback(_finish, trainer.profiler, trainer.is_global_zero)
         try:
             _set_up(trainer, module, stage, datamodule)
             yield
@@ -92,9 +92,10 @@ def _quiet_warnings() -> Iterator[None]:
         yield
 
 
-def _finish(profiler: Profiler) -> None:
+def _finish(profiler: Profiler, shows: bool) -> None:
     profiler.stop()
-    print(profiler.summary())
+    if shows:
+        print(profiler.summary())
 
 
 def _set_up(

@@ -107,21 +107,23 @@ def take(
 
 
 def write(trainer: Trainer, path: str | Path, state: dict[str, Any]) -> None:
-    """Write a state to a file: rank 0 does, and the others wait until it is there.
+    """Write a state: rank 0 a file, or where tensors are cut over ranks, all of them a folder.
 
-    All ranks call it. What is sharded over them is made whole first, on rank 0.
+    All ranks call it, and none goes on before it is there.
 
     Raises:
         TypeError, OSError: it could not be written; on every rank.
     """
-    state = _as_strategy(trainer, "full_state", state)
-    _on_first(trainer.world, f"the checkpoint {path}", lambda: checkpoint.save(path, state))
+    world = trainer.world
+    if trainer.strategy.shards_state and world is not None:
+        from composefit import sharded_checkpoint  # torch's part of it takes a second to import
 
-
-def _as_strategy(trainer: Trainer, method: str, state: Any, *of: Any) -> Any:
-    """A state as a strategy takes or gives it; most keep tensors whole."""
-    change = getattr(trainer.strategy, method, None)
-    return state if change is None else change(*of, state)
+        plain, tensors = sharded_checkpoint.part(state)
+        if tensors:
+            sharded_checkpoint.save(path, plain, tensors, world)
+            return
+    state = trainer.strategy.full_state(state)
+    _on_first(world, f"the checkpoint {path}", lambda: checkpoint.save(path, state))
 
 
 def _of_ranks(world: World | None, loop: Loop | None) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
     if path is None:
         return None
     try:
-        state = checkpoint.load(path)
+        state = checkpoint.load_any(path, world)
     except FileNotFoundError as error:
         if world is not None:
             error.add_note(
@@ -262,7 +264,7 @@ def _find(trainer: Trainer, ckpt_path: str | Path) -> Path | None:
     folders = [Path(c.dirpath or trainer.default_root_dir).expanduser() for c in callbacks]
     places = [folder / ModelCheckpoint.LAST for folder in folders]
     places = places or [trainer.default_root_dir / ModelCheckpoint.LAST]
-    there = [place for place in places if place.is_file()]
+    there = [place for place in places if place.exists()]
     if there:
         return max(there, key=lambda place: place.stat().st_mtime)
     if ckpt_path == "auto":
@@ -278,7 +280,8 @@ def load_weights(trainer: Trainer, module: LoopModule, found: Found | None) -> N
     if found is not None:
         path, state = found
         tell_of_load(trainer, module, state)
-        checkpoint.load_module(module, state["state_dict"], path, not state["trainable_only"])
+        weights = trainer.strategy.load_weights(module, state["state_dict"])
+        checkpoint.load_module(module, weights, path, not state["trainable_only"])
 
 
 def tell_of_load(trainer: Trainer, module: LoopModule, state: dict[str, Any]) -> None:
@@ -363,11 +366,11 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
         for name, of_ranks in state.get("loaders_of_ranks", {}).items():
             if name in loaders:
                 loaders[name].load_rank_states(of_ranks)
-    weights = _as_strategy(trainer, "load_weights", state["state_dict"], module)
+    weights = trainer.strategy.load_weights(module, state["state_dict"])
     module.load_state_dict(weights, strict=False)
     for name, one in training.optimizers.items():
         kept = {key: value for key, value in state["optimizers"][name].items() if key != "class"}
-        kept = _as_strategy(trainer, "load_optimizer", kept, one.optimizer)
+        kept = trainer.strategy.load_optimizer(one.optimizer, kept)
         one.optimizer.load_state_dict(kept)
         if state["updates"][name]:  # torch warns of schedulers that step before their optimizer
             one.optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -747,6 +747,7 @@ class Trainer:
 
     def write_epoch(self) -> None:
         """Hand the epoch's means to the loggers, with what hooks have logged at its end."""
+        self._exchange()
         self.logs.end_epoch(self._whole_epoch)
         self.write(self.logs.take_epoch(), self.logs.take_images())
 
@@ -1081,6 +1082,8 @@ class Trainer:
             self.microbatch_size,
             self.run_seed,
         )
+        if self.rank_metrics is not None:
+            driver.around_once = self.rank_metrics.whole
         if self.run_in_progress is not None:
             self.run_in_progress.sessions.enter_context(driver.session())
         return driver

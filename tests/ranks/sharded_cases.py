@@ -854,7 +854,7 @@ def released() -> dict[str, Any]:
             super().__init__()
             torch.manual_seed(4)
             self.body = mlp(4, 6, 5)
-            self.rnn = nn.LSTM(5, 3).double()
+            self.rnn = nn.LSTM(5, 3, batch_first=True).double()
             self.a, self.b = mlp(3, 3, 3), mlp(3, 3, 3)
             self.b[0].weight = self.a[0].weight
             self.body[0].register_forward_hook(lambda *_: None)
@@ -869,14 +869,14 @@ def released() -> dict[str, Any]:
     strategy = sharded(module, policy=nn.Linear, activation_checkpointing=True)
     hand = ByHand(strategy, module)
     o, po = (torch.optim.SGD(m.parameters(), lr=0.3) for m in (module, plain))
-    x = draw(6, 4, seed=0)
-    emptied = module.body[0].weight is not known and strategy._before[module]._parts[2][1]
+    x = draw(6, 2, 4, seed=0)
+    emptied = strategy._before[module]._parts[2][1]
     for _ in range(3):
         hand.update("net", o, (module(rows(x)).pow(2).mean(), 0.5))
         strategy.end_step(module)
         take(plain(x).pow(2).mean(), po)
         po.step()
-    hidden = [p.numel() for p in emptied.parameters.values()]  # type: ignore[union-attr]
+    hidden = [p.numel() for p in emptied.parameters.values() if p is not None]
     sharded_ids = [id(p) for p in o.param_groups[0]["params"] if isinstance(p, DTensor)]
     back = strategy.release(module, keep=True)
     after = {n: (type(m), set(vars(m)), len(m._forward_hooks)) for n, m in module.named_modules()}

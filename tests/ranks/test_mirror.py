@@ -226,6 +226,17 @@ def test_lists_that_functions_close_over_grow_and_the_functions_stay(tmp_path: P
     assert type(thing.local) is Local
 
 
+def test_lists_that_only_methods_know_grow(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Local:
+        def work(self) -> None:
+            seen.append(1)
+
+    Trip(tmp_path, Local()).run(lambda copy: copy.work())
+    assert seen == [1]
+
+
 def test_data_goes_there_and_does_not_come_back(tmp_path: Path) -> None:
     data = Thing(rows=torch.zeros(3), read=0)
     thing = Thing()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from composefit.strategies.fully_sharded import FullySharded
@@ -191,6 +194,7 @@ def test_fsdp_has_what_is_reached_into() -> None:
     group's training state. If the leaf is no longer one object for good, `ShardedParameter.leaf`
     must be read anew after each gathering, and its version counter be moved then.
     """
+    from torch.distributed import _composable_state
     from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
 
     param, group = vars(_fsdp_param.FSDPParam), vars(_fsdp_param_group.FSDPParamGroup)
@@ -203,6 +207,7 @@ def test_fsdp_has_what_is_reached_into() -> None:
     assert "_fsdp_param_groups" in _fsdp_state.FSDPState.__init__.__code__.co_names
     assert {"unshard", "reshard", "reset_iter_state", "_get_fsdp_state"} <= vars(FSDPModule).keys()
     assert internals.TrainingState.IDLE is not None
+    assert isinstance(_composable_state._module_state_mapping, MutableMapping)
 
 
 def test_a_policy_that_cannot_be_meant_raises() -> None:
@@ -217,3 +222,9 @@ def test_a_precision_that_is_none_raises() -> None:
     for wrong in ("bf16", torch.int32, 16):
         with pytest.raises(TypeError, match=r"expects a dtype such as torch\.bfloat16"):
             FullySharded(2, mixed_precision=wrong)  # type: ignore[arg-type]
+
+
+def test_a_strategy_can_be_sent_to_other_processes() -> None:
+    strategy = pickle.loads(pickle.dumps(FullySharded(2, policy=nn.Linear, timeout=7)))
+    assert (strategy.processes, strategy.policy, strategy.timeout) == (2, nn.Linear, 7)
+    assert len(strategy._groups) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -415,7 +416,10 @@ class ModelCheckpoint(Callback):
         if Path(path).parent != self._folder or Path(path).suffix != ".ckpt":
             return
         try:
-            Path(path).unlink(missing_ok=True)
+            if Path(path).is_dir():  # of a sharded training
+                shutil.rmtree(path)
+            else:
+                Path(path).unlink(missing_ok=True)
         except OSError as error:
             # The new files are there: no reason to end a training.
             warnings.warn(f"an old checkpoint could not be deleted: {error}", stacklevel=2)

@@ -97,7 +97,7 @@ class StepBarrier:
             state["_replica"] = False
         try:
             lock.open_streams()
-            with torch.no_grad(), self._once_stream:
+            with torch.no_grad(), self._once_stream, lock.around_once():
                 result = functions[0](*args)
         except StopIteration as stop:
             raise RuntimeError(

@@ -60,7 +60,7 @@ class Lanes(Protocol):
     def agree_found_(self, found: Tensor) -> None:
         """Make a number that is not zero where a gradient is not finite so on every rank."""
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
+    def norm(self, gradients: Sequence[Tensor], order: float = 2.0) -> Tensor:
         """The norm of total gradients together, 0-dim."""
 
     def clip(self, parameters: list[Parameter], limit: float, algorithm: str | None) -> None:

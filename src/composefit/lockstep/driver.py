@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import accumulate
 from typing import Any
 
@@ -98,6 +98,7 @@ class Lockstep:
         self.has_helpers = has_helpers(module)
         self.number = 0
         self.dataloader_idx = 0
+        self.around_once: Callable[[], AbstractContextManager[object]] = nullcontext
         self.log_suffix = ""  # where several loaders are evaluated
         self.history: list[tuple[str, Place]] = []
         self.losses: dict[str, Tensor] = {}

@@ -47,6 +47,7 @@ class Strategy(ABC):
         world: the ranks of the job; None where this process is all.
         together: every rank runs as many shards as the others, forward and backward, also where
             it has no samples for them.
+        shards_state: a checkpoint is a folder to which each rank writes its part.
     """
 
     lanes: int = 1
@@ -54,6 +55,7 @@ class Strategy(ABC):
     device: torch.device = torch.device("cpu")
     world: World | None = None
     together: bool = False
+    shards_state: bool = False
 
     _sessions: int = 0
 
@@ -105,9 +107,9 @@ class Strategy(ABC):
     def agree_found_(self, found: Tensor) -> None:  # noqa: B027 (total gradients are the same)
         """Make a number that is not zero where a gradient is not finite so on every rank."""
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
+    def norm(self, gradients: Sequence[Tensor], order: float = 2.0) -> Tensor:
         """The norm of total gradients together, 0-dim."""
-        return torch.nn.utils.get_total_norm(gradients)
+        return torch.nn.utils.get_total_norm(gradients, order)
 
     def clip(self, parameters: list[Parameter], limit: float, algorithm: str | None) -> None:
         """Clip `.grad` of these parameters together: `composefit.optimizers.clip`."""
@@ -115,6 +117,18 @@ class Strategy(ABC):
 
     def stepped(self, parameters: list[Parameter]) -> None:  # noqa: B027
         """These parameters have changed."""
+
+    def full_state(self, value: Any) -> Any:
+        """A state with whole tensors, for a file that every strategy reads; on rank 0."""
+        return value
+
+    def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+        """Whole weights as `module.load_state_dict` takes them here."""
+        return weights
+
+    def load_optimizer(self, optimizer: Optimizer, kept: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's whole state as its `load_state_dict` takes it here."""
+        return kept
 
     def end_step(self, module: nn.Module) -> None:  # noqa: B027
         """A step of this module is over, also after an error."""

@@ -115,7 +115,7 @@ class Distributed(Strategy):
     @property
     def world(self) -> World | None:  # type: ignore[override]
         """The ranks of the job, which this process joins; None where there is no job yet."""
-        if self._world is None or self._world.closed:
+        if self._world is None:
             job = found_job()
             if job is None:
                 return None
@@ -172,6 +172,8 @@ class Distributed(Strategy):
 
     def open(self) -> None:
         """Join the job."""
+        if self._world is not None and self._world.closed:  # after an error: it may be a new one
+            self._world = None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         world = self.world

@@ -39,6 +39,7 @@ from composefit.strategies.sharding import norms, state
 from composefit.strategies.sharding.internals import (
     Group,
     ShardedParameter,
+    forget,
     gather_once,
     groups_of,
     roots_of,
@@ -88,6 +89,7 @@ class FullySharded(Distributed):
 
     #: Ranks call units together: each runs as many shards, and a spare one's backward, too.
     together = True
+    shards_state = True
 
     def __init__(
         self,
@@ -110,6 +112,10 @@ class FullySharded(Distributed):
         self.mixed_precision = _precision(mixed_precision)
         self.activation_checkpointing = activation_checkpointing
         self.reshard_after_forward = reshard_after_forward
+        self._begin()
+
+    def _begin(self) -> None:
+        """With nothing placed yet."""
         self._groups: WeakKeyDictionary[nn.Module, list[Group]] = WeakKeyDictionary()
         self._before: WeakKeyDictionary[nn.Module, Before] = WeakKeyDictionary()
         self._by_parameter: dict[int, ShardedParameter] = {}
@@ -117,6 +123,16 @@ class FullySharded(Distributed):
         self._held: set[Group] = set()
         self._mesh: DeviceMesh | None = None
         self._sums: dist.ProcessGroup | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the processes that a run launches: without what is placed here."""
+        working = ("_groups", "_before", "_by_parameter", "_by_leaf", "_held", "_mesh", "_sums")
+        return {n: value for n, value in super().__getstate__().items() if n not in working}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process."""
+        self.__dict__.update(state)
+        self._begin()
 
     # -- placement -----------------------------------------------------------------------------
 
@@ -341,6 +357,8 @@ class FullySharded(Distributed):
         self.end_step(module)
         whole: dict[int, Tensor] = {}
         for group in self._groups.pop(module):
+            for unit in group.units:
+                forget(unit)
             for one in group.parameters:
                 del self._by_parameter[id(one.parameter)], self._by_leaf[id(one.leaf)]
                 whole[id(one.parameter)] = state.whole(one.parameter, keep, one.parameter.device)

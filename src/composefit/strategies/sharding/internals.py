@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Shard
@@ -138,6 +139,11 @@ def settle(roots: Sequence[FSDPModule]) -> None:
     """Bring units back to between two steps, whatever was going on."""
     for root in roots:
         root.reset_iter_state()
+
+
+def forget(module: nn.Module) -> None:
+    """Let a module be sharded anew that once was."""
+    _composable_state._module_state_mapping.pop(module, None)
 
 
 def of_rows(rows: Tensor, like: Tensor) -> DTensor:

@@ -47,7 +47,6 @@ def gathered(state: Any, keep: bool) -> Any:
     Returns:
         The tree; with `keep=False` an empty tensor stands for each that was sharded.
     """
-
     cpu = torch.device("cpu")
 
     def of(tensor: Tensor) -> Tensor:

@@ -81,4 +81,4 @@ class _Part:
             name: whole.get(id(parameter), parameter) for name, parameter in shown.items()
         }
         if isinstance(part, nn.RNNBase):
-            part._init_flat_weights()  # type: ignore[no-untyped-call]
+            part._init_flat_weights()
