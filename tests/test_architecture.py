@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("replicas",),
     ("optimizers",),
+    ("saved",),
     ("sharded_checkpoint",),
     ("precision", "random", "ranks", "data", "images", "checkpoint"),
     ("tree",),

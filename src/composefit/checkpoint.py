@@ -98,25 +98,6 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     return state
 
 
-def load_any(path: str | os.PathLike[str], world: Any = None) -> dict[str, Any]:
-    """A checkpoint, be it a file or a folder of a sharded training, with whole tensors on the CPU.
-
-    Args:
-        path: the file or folder.
-        world: the ranks, all of which call this; None: this process reads it by itself.
-
-    Raises:
-        See `load` and `composefit.sharded_checkpoint.load`.
-    """
-    if not os.path.isdir(path):
-        return load(path)
-    # Here, since it is built on this module, and torch's part of it takes a second to import.
-    from composefit import sharded_checkpoint
-
-    state: dict[str, Any] = sharded_checkpoint.joined(*sharded_checkpoint.load(path, world=world))
-    return state
-
-
 def refuse_address(path: str | os.PathLike[str]) -> None:
     """Refuse an address in place of a file: what is fetched from elsewhere is the user's choice.
 
@@ -245,6 +226,11 @@ def _refuse_unreadable(value: Any, where: str, seen: set[int]) -> None:
         # `nn.Module.state_dict` hangs its metadata on the dict it returns.
         for name, item in getattr(value, "__dict__", {}).items():
             _refuse_unreadable(item, f"{where}.{name}", seen)
+    elif hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{where} is a tensor of which this process holds a part only: store "
+            "value.full_tensor(), which every rank must call"
+        )
     elif not _reads_back(value):
         raise TypeError(
             f"{where} is a {kind.__module__}.{kind.__qualname__}, which a safe load does not read "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from composefit import checkpoint
+from composefit import checkpoint, saved
 from composefit.hyperparameters import Hyperparameters, build, collect
 from composefit.images import Image
 from composefit.logged import Context, Logged, log_options, not_loggable, one_term, samples_of
@@ -325,7 +325,7 @@ class LoopModule(ModuleHooks, nn.Module):
             TypeError: an argument that `__init__` needs is neither kept nor given.
             RuntimeError: the file is damaged, or of another module: the difference is listed.
         """
-        state = checkpoint.load_any(checkpoint_path)
+        state = saved.load(checkpoint_path)
         checkpoint.of_trainer(state, checkpoint_path)
         module = build(cls, state.get("hyper_parameters", {}), overrides, state.get("hparams_name"))
         partly = not strict or state.get("trainable_only", False)

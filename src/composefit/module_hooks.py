@@ -23,6 +23,14 @@ class ModuleHooks:
     def configure_model(self) -> None:
         """Build what is large, or needs the data module, before the optimizers; may run again."""
 
+    def configure_sharding(self) -> Any:
+        """Under `FullySharded`: the modules within this one to shard, inner ones too.
+
+        None where it has called `torch.distributed.fsdp.fully_shard` on them by itself;
+        NotImplemented leaves the choice to the strategy.
+        """
+        return NotImplemented
+
     def configure_callbacks(self) -> Any:
         """Callbacks that this module brings along: one or several."""
         return []

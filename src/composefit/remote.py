@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from composefit.lockstep.driver import Lockstep
 from composefit.module import LoopModule
@@ -197,7 +196,7 @@ def _serve(name: str, until: int) -> Any:
     assert job is not None
     try:
         result = getattr(trainer, method)(**{first: module}, **other, **data)
-        whole = _gathered(module)
+        whole = trainer.strategy.release(module, job.rank == 0)
     except BaseException:
         if job.rank == 0:
             with suppress(Exception):
@@ -209,13 +208,9 @@ def _serve(name: str, until: int) -> Any:
     return result
 
 
-def _gathered(module: nn.Module) -> dict[int, Tensor]:
-    """Id of each parameter and buffer that is sharded -> all of it; every rank must ask."""
-    return {
-        id(tensor): tensor.full_tensor().detach().cpu()
-        for tensor in (*module.parameters(), *module.buffers())
-        if isinstance(tensor, DTensor)
-    }
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, asked without importing those, which takes a second."""
+    return hasattr(tensor, "full_tensor")
 
 
 def _send_back(
@@ -224,7 +219,7 @@ def _send_back(
     module: LoopModule,
     other: dict[str, Any],
     mirror: Mirror,
-    whole: dict[int, Tensor],
+    whole: Mapping[int, Tensor],
 ) -> None:
     def special(obj: Any) -> Any:
         if obj is trainer:
@@ -236,10 +231,10 @@ def _send_back(
             return "nothing" if number is None else number
         if isinstance(obj, Lockstep | World | dist.ProcessGroup):
             return "nothing"
-        if isinstance(obj, DTensor):
-            if id(obj) not in whole:
-                raise TypeError("a part of a sharded tensor")
+        if id(obj) in whole:
             return whole[id(obj)]
+        if hasattr(obj, "full_tensor"):
+            raise TypeError("a part of a sharded tensor")
         return None
 
     def parts() -> Iterator[Any]:

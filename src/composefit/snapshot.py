@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from composefit import checkpoint
+from composefit import checkpoint, saved
 from composefit.callbacks import Callback, ModelCheckpoint
 from composefit.data import Batches
 from composefit.loops import Loop
@@ -228,7 +228,7 @@ def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
     if path is None:
         return None
     try:
-        state = checkpoint.load_any(path, world)
+        state = saved.load(path, world)
     except FileNotFoundError as error:
         if world is not None:
             error.add_note(

@@ -131,6 +131,8 @@ class Backward:
         retain_graph: bool,
     ) -> None:
         """A rank's only shard: gradients go to the other ranks as they come."""
+        if self.places.together:
+            ranks.settle()  # the backward itself sends
         reduction = ranks.reducer.begin(key, leaves, ranks.settle)
         self._reductions[key] = reduction
         if shard.spare:

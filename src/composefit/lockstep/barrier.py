@@ -73,7 +73,7 @@ class StepBarrier:
         if lock.stepper.update(totals, reduced, lock.number):
             place = lock.shards[0].place()
             for name, (parameters, _) in totals.items():
-                lock.stale.stepped.append(parameters)
+                lock.stale.stepped.append(lock.lanes.leaves(parameters))
                 lock.history.append((name, place))
         lock.losses.update(reduced)
         return reduced

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -121,6 +121,18 @@ class Strategy(ABC):
     def full_state(self, value: Any) -> Any:
         """A state with whole tensors, for a file that every strategy reads; on rank 0."""
         return value
+
+    def release(self, module: nn.Module, keep: bool = True) -> Mapping[int, Tensor]:
+        """Make a module that was placed an ordinary one again; all ranks must call it.
+
+        Args:
+            module: it is changed in place.
+            keep: whether this rank wants its numbers.
+
+        Returns:
+            By the id of each parameter that was sharded, the whole one in its place.
+        """
+        return {}
 
     def load_weights(self, module: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
         """Whole weights as `module.load_state_dict` takes them here."""

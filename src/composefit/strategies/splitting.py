@@ -34,7 +34,7 @@ WORTHWHILE = 1_000_000
 _ALIGNED = 64
 
 # Optimizers that treat each number by itself, so that a parameter may be cut. Subclasses may not.
-_ELEMENTWISE = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta)
+ELEMENTWISE = (SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta)
 
 Run = Callable[[Sequence[Callable[[], None]]], None]
 
@@ -97,7 +97,7 @@ class SplitOptimizer:
     @staticmethod
     def suits(optimizer: Optimizer) -> bool:
         """Whether it may be cut, and is large enough to be worth it."""
-        if type(optimizer) not in _ELEMENTWISE or optimizer.defaults.get("differentiable"):
+        if type(optimizer) not in ELEMENTWISE or optimizer.defaults.get("differentiable"):
             return False
         if bare_step(optimizer) is None:
             return False  # hooks and profiler marks are for the whole optimizer

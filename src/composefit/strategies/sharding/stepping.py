@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from composefit.strategies.sharding.internals import of_rows
 from composefit.strategies.sharding.norms import local
-from composefit.strategies.splitting import _ELEMENTWISE as ELEMENTWISE
+from composefit.strategies.splitting import ELEMENTWISE as ELEMENTWISE
 from composefit.strategies.stepping import bare_step
 
 
