@@ -47,6 +47,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 
 # Packages of the extras: imported inside the function that needs them, or by the demo.
+# What takes a second to import, since it builds on torch's sharded tensors, and few runs need.
+LATE = {"composefit.strategies.fully_sharded", "composefit.sharded_checkpoint"}
+
 OPTIONAL = {"IPython", "matplotlib", "sklearn", "tensorboard", "wandb"}
 
 
@@ -148,6 +151,7 @@ def inside_functions(sources: Path) -> list[str]:
         for found in imports(name, file, known)
         if found.in_function
         and found.name.split(".")[0] not in OPTIONAL
+        and found.name not in LATE
         and not (part(name) == "cli" and part(found.name) == "demo")
     ]
 

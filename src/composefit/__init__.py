@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 from composefit.callbacks import Callback
-from composefit.data_parallel import DataParallel
 from composefit.data import PerRank
+from composefit.data_parallel import DataParallel
 from composefit.datamodule import DataModule
 from composefit.effects import Effect, Gather, Once
 from composefit.images import Image

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from composefit.lockstep.driver import Lockstep
 from composefit.module import LoopModule

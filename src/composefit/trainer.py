@@ -1031,19 +1031,28 @@ class Trainer:
         if world is None:
             return
         found = world.agree(f"the first batch of {batches.name}", batches.fingerprint())
-        if any(one != found[0] for one in found):
+        other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+        if other is not None:
             raise ValueError(
-                f"{batches.name} gives other samples on rank {next(r for r, one in enumerate(found) if one != found[0])} than on "
-                "rank 0, and each takes its rows of every batch: some would be trained on twice, "
+                f"{batches.name} gives other samples on rank {other} than on rank 0, and "
+                "each takes its rows of every batch: some would be trained on twice, "
                 "others never. Make the data after seed_everything(seed), or the same way on all "
                 "ranks; if the dataset divides itself over the ranks, say so by "
                 "composefit.PerRank(loader)"
             )
 
-    def _batches(self, module: LoopModule, loader: Any, name: str, *settings: Any) -> Batches:
+    def _batches(
+        self,
+        module: LoopModule,
+        loader: Any,
+        name: str,
+        limit: int | float | None,
+        epochs: float,
+        sequential: bool,
+    ) -> Batches:
         world = self.world
         if world is None:
-            return Batches(loader, name, *settings)
+            return Batches(loader, name, limit, epochs, sequential)
 
         def anybody(has_batch: bool) -> bool:
             return any(there for (there,) in world.agree(f"a batch of {name}", has_batch))
@@ -1051,7 +1060,9 @@ class Trainer:
         return Batches(
             loader,
             name,
-            *settings,
+            limit,
+            epochs,
+            sequential,
             ranks=(world.rank, world.size),
             group=module.samples_per_group,
             dim=module.batch_dim,
@@ -1062,8 +1073,10 @@ class Trainer:
         if self.seed is not None:
             return self.seed
         world = self.world
-        seed = torch.initial_seed()
-        return seed if world is None else int(world.broadcast("the seed of the run", seed))
+        seed: int = torch.initial_seed()
+        if world is not None:
+            seed = int(world.broadcast("the seed of the run", seed))
+        return seed
 
     def seed_run(self, seed: int) -> None:
         """Let all random draws of the run follow from this seed from now on."""

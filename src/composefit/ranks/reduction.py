@@ -184,7 +184,9 @@ class Reduction:
         if plan is not None:
             self._missing = [len(bucket.indices) for bucket in plan.buckets]
             for i in plan.bucket_of:
-                handle = self._parameters[i].register_hook(partial(self._ready, i))
+                handle = self._parameters[i].register_hook(  # type: ignore[no-untyped-call]
+                    partial(self._ready, i)
+                )
                 self._handles.append(handle)
         return self
 

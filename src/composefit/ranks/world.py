@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 #: So many numbers fit into one control message.
 WORDS = 40
@@ -94,7 +96,7 @@ class World:
         device: torch.device,
         data: dist.ProcessGroup,
         control: dist.ProcessGroup,
-        store: dist.Store,
+        store: Store,
         timeout: float,
     ) -> None:
         self.rank = rank
@@ -202,7 +204,7 @@ class World:
     def add_up_flat(self, flat: Tensor) -> dist.Work:
         """Begin to replace a tensor by its sum over all ranks."""
         self._refuse_closed()
-        work = dist.all_reduce(flat, group=self._group(flat), async_op=True)
+        work: dist.Work | None = dist.all_reduce(flat, group=self._group(flat), async_op=True)
         assert work is not None
         return work
 
@@ -452,12 +454,12 @@ def join(backend: str, timeout: float, device: torch.device) -> World:
         return _joined
     limit = timedelta(seconds=timeout)
     if dist.is_initialized():  # by the user's script
-        store = dist.distributed_c10d._get_default_store()  # type: ignore[no-untyped-call]
+        store = dist.distributed_c10d._get_default_store()
     else:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("composefit/default", store),
+            store=PrefixStore("composefit/default", store),
             rank=rank,
             world_size=size,
             timeout=limit,
@@ -531,5 +533,6 @@ def flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of it, in the shapes of others."""
-    parts = flat.split([tensor.numel() for tensor in like])
+    sizes = [tensor.numel() for tensor in like]
+    parts: Sequence[Tensor] = flat.split(sizes)  # type: ignore[no-untyped-call]
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
