@@ -1,6 +1,6 @@
 # Everything sets itself up: Python 3.11 or newer and make are all a machine needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint mutants docs bench clean
+.PHONY: help demo test laws lint mutants docs bench clean
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -15,7 +15,10 @@ demo: $(VENV)/.demo ## train a GAN on handwritten digits; pictures go to runs/de
 	$(BIN)/composefit demo
 
 test: lint ## lint, types and tests
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not full"
+
+laws: $(VENV)/.tests $(VENV)/.recipes ## the laws over every recipe, strategy and number of ranks (about 20 min)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m full
 
 lint: $(VENV)/.tests ## lint and types alone
 	$(BIN)/ruff check

@@ -1071,7 +1071,7 @@ class Trainer:
 
     def _first_seed(self) -> int:
         if self.seed is not None:
-            return self.seed
+            return int(self.seed)
         world = self.world
         seed: int = torch.initial_seed()
         if world is not None:

@@ -62,14 +62,14 @@ def test_two_ranks_of_two_threads_train_as_the_loop_by_hand(two_ranks: RankPool)
     check(two_ranks.run(differences, ["GAN, critic first", "InfoNCE", "MoCo"], 2, "ragged"))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_recipe_in_two_ranks(two_ranks: RankPool, threads: int, sizes: str) -> None:
     check(two_ranks.run(differences, list(RECIPES), threads, sizes))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", SIZES)
 def test_every_recipe_in_four_ranks(four_ranks: RankPool, sizes: str) -> None:
     """Ragged batches are smaller than the number of ranks at times: some take part with nothing."""

@@ -48,7 +48,7 @@ def test_the_parameters_are_those_of_the_plain_loop(two_ranks: RankPool, name: s
         same(found)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["critic_first", "shards_in_time", "gradient_penalty"])
 def test_the_parameters_are_those_of_the_plain_loop_in_four_ranks(
     four_ranks: RankPool, name: str

@@ -313,7 +313,7 @@ def test_two_ranks_read_what_two_have_written(two_ranks: RankPool, tmp_path: Pat
     assert all(two_ranks.run(load_case, path))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_four_ranks_read_what_two_have_written_and_back(
     two_ranks: RankPool, four_ranks: RankPool, tmp_path: Path
 ) -> None:

@@ -62,13 +62,13 @@ def test_two_ranks_train_as_the_loop_by_hand(two_ranks: RankPool) -> None:
     check(two_ranks.run(differences, SAMPLE, "ragged", True))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", SIZES)
 def test_every_recipe_in_two_ranks(two_ranks: RankPool, sizes: str) -> None:
     check(two_ranks.run(differences, list(RECIPES), sizes, False))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", SIZES)
 def test_every_recipe_in_four_ranks(four_ranks: RankPool, sizes: str) -> None:
     check(four_ranks.run(differences, list(RECIPES), sizes, False))
@@ -167,7 +167,7 @@ def test_a_sharded_training_goes_on_bit_by_bit(two_ranks: RankPool, tmp_path: Pa
     assert all(torch.equal(through[name], resumed[name]) for name in through)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_sharded_training_goes_on_in_another_number_of_ranks(
     two_ranks: RankPool, four_ranks: RankPool, tmp_path: Path
 ) -> None:

@@ -74,7 +74,7 @@ def test_recipe_runs_and_its_control_misses_the_target(name: str, strategy: str)
     assert math.isfinite(found.metric)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_reaches_its_target_as_its_user_runs_it(name: str, tmp_path: Any) -> None:
     needs(name)
@@ -91,7 +91,7 @@ def test_recipe_reaches_its_target_as_its_user_runs_it(name: str, tmp_path: Any)
     assert " (target: " in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_five_critic_steps_on_one_batch_reach_the_target_as_well() -> None:
     found = example("wgan_gp").main("single", devices=1, fresh=False)
     assert found.reaches(found.metric)

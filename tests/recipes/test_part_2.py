@@ -57,7 +57,7 @@ def test_recipe_runs_and_its_control_misses_the_target(name: str, strategy: str)
     assert math.isfinite(found.metric)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_reaches_its_target_as_its_user_runs_it(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
