@@ -38,7 +38,13 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-WITH_CODE = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")]
+# Their code launches processes: with `make laws`.
+LAUNCHING = {"many-processes", "torchrun", "debugging", "fully-sharded", "slurm"}
+WITH_CODE = [
+    pytest.param(page, marks=pytest.mark.full if page.stem in LAUNCHING else ())
+    for page in PAGES
+    if blocks(page.read_text(encoding="utf-8"), "python")
+]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)

@@ -37,6 +37,8 @@ FIGURES = {
 }
 # They bring an environment, a loop of their own, or a model and its data.
 LONG = {"k_fold", "actor_critic", "fsdp_language_model"}
+# They launch processes: in full with `make laws`.
+LAUNCHING = {"distributed_gan", "fsdp_language_model"}
 STRATEGIES = {"single": lambda: SingleDevice("cpu"), "threads": lambda: ThreadDataParallel(2)}
 
 
@@ -68,7 +70,10 @@ def test_example_runs(name: str, fresh_imports: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.full if name in LAUNCHING else ()) for name in EXAMPLES],
+)
 def test_example_learns_as_its_user_runs_it(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

@@ -259,6 +259,9 @@ class HookCaller:
         if self._told:
             return
         self._told = True
+        world = getattr(self._trainer, "world", None)
+        if world is not None:  # before any hook, so that nobody waits in vain
+            world.fail(error)
         self.despite(error, "on_exception", error)
 
     def despite(self, error: BaseException, name: str, *arguments: Any) -> None:

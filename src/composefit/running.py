@@ -15,6 +15,8 @@ from composefit.datamodule import DataModule
 from composefit.loggers.silent import Silent
 from composefit.module import LoopModule
 from composefit.profilers import Profiler
+from composefit.ranks.environment import found_job
+from composefit.ranks.process import as_rank
 from composefit.replicas import RankMetrics
 from composefit.settings import torch_settings
 from composefit.signals import Signals
@@ -44,6 +46,7 @@ def running(
 ) -> Iterator[None]:
     """Around a run: settings, hooks and signals; everything is put back, whatever happens."""
     with ExitStack() as stack:
+        stack.enter_context(as_rank(found_job()))
         signals = stack.enter_context(Signals())
         stack.callback(setattr, trainer, "run_in_progress", None)
         trainer.run_in_progress = Run(stage, signals, stack)
@@ -72,9 +75,6 @@ def running(
             if trainer.training is not None and stage == "fit":
                 trainer.training.stepper.finish()
         except BaseException as error:
-            world = trainer.strategy.world
-            if world is not None:  # before any hook, so that nobody waits in vain
-                world.fail(error)
             trainer.call.fail(error)
             _wind_up(trainer, stage, error)
             raise
@@ -141,4 +141,6 @@ def _wind_up(trainer: Trainer, stage: str, error: BaseException | None) -> None:
             else:
                 error.add_note(f"then {raised!r} was raised as well")
     if error is not None and status == "finished":
+        if (world := trainer.strategy.world) is not None:
+            world.fail(error)
         raise error

@@ -729,6 +729,7 @@ class Trainer:
         if world.agreed.signal:
             run.signals.received = world.agreed.signal
             world.mine.signal = world.agreed.signal = 0
+            world.ending = True
             run.signals.obey()
 
     def end_epoch(self, whole: bool = True) -> None:

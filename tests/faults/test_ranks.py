@@ -21,6 +21,9 @@ from composefit import LoopModule, Trainer, checkpoint
 from composefit.ranks import PeerFailed
 from composefit.strategies.distributed import Distributed
 
+# Each launches processes, which takes seconds: all of them with `make laws`.
+pytestmark = pytest.mark.full
+
 #: So many steps are done, and an epoch has as many, when the fault comes.
 STEPS = 3
 
@@ -129,7 +132,7 @@ SOME = [
     ("is killed", 1, "validation"),
 ]
 ALL = [
-    pytest.param(how, rank, place, marks=[] if (how, rank, place) in SOME else pytest.mark.slow)
+    pytest.param(how, rank, place, marks=[] if (how, rank, place) in SOME else pytest.mark.full)
     for how in FAULTS
     for rank in (0, 1)
     for place in PLACES
@@ -167,7 +170,7 @@ def test_f48_a_rank_that_hangs_is_named_with_its_line(rank: int, tmp_path: Path)
     assert seconds(tmp_path) < LIMIT
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_f48_a_rank_that_skips_an_update_is_named_with_both_yields(
     rank: int, tmp_path: Path
 ) -> None:
@@ -231,7 +234,7 @@ if trainer.is_global_zero:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_f47_torchrun_restarts_the_job_and_nothing_is_lost(tmp_path: Path) -> None:
     ends = []
     script = tmp_path / "script.py"

@@ -138,8 +138,8 @@ MUTANTS = (
         3,
         "gradients are unscaled before they are clipped",
         "lockstep/stepper.py",
-        "self._check(gradients.values(found), self.found, self.scales[name].inverse())",
-        "self._check(gradients.values(found), self.found, self.one)",
+        "self._check(self._values(found), self.found, self.scales[name].inverse())",
+        "self._check(self._values(found), self.found, self.one)",
         (
             f"{LOCKSTEP}stepper.py::test_float16_is_torchs_grad_scaler_and_autocast",
             f"{LOCKSTEP}stepper.py::test_a_hook_sees_unscaled_gradients_not_yet_clipped",
@@ -212,7 +212,8 @@ MUTANTS = (
         5,
         "what shards did to buffers is merged after the step",
         "lockstep/driver.py",
-        "            merge(self.owner, replicas, [float(shard.samples) for shard in self.shards])",
+        "            merge(self.owner, [s.replica for s in counted if s.replica is not None], "
+        "weights)",
         "            pass",
         (f"{LOCKSTEP}driver.py::test_statistics_are_the_weighted_mean_of_the_shards_changes",),
     ),
@@ -220,8 +221,8 @@ MUTANTS = (
         5,
         "a shard's samples are its weight in the merge",
         "lockstep/driver.py",
-        "[float(shard.samples) for shard in self.shards])\n",
-        "[1.0 for shard in self.shards])\n",
+        "weights = [float(shard.samples) for shard in counted]\n",
+        "weights = [1.0 for shard in counted]\n",
         (f"{LOCKSTEP}driver.py::test_statistics_are_the_weighted_mean_of_the_shards_changes",),
     ),
     Mutant(

@@ -26,6 +26,9 @@ from composefit.ranks.launch import launch
 from composefit.ranks.rank import outcome_file
 from composefit.ranks.world import PeerFailed
 
+# Each launches processes, which takes seconds: all of them with `make laws`.
+pytestmark = pytest.mark.full
+
 # Seconds from a rank's end to the job's: five at most where the machine is not busy with other
 # tests, and thirty where it is left to torch's launcher.
 ENDS_WITHIN = 25.0

@@ -22,6 +22,9 @@ from composefit.callbacks import EMA, Callback, ModelCheckpoint
 from composefit.ranks.environment import found_job
 from composefit.strategies import SingleDevice
 
+# Each launches processes, which takes seconds: all of them with `make laws`.
+pytestmark = pytest.mark.full
+
 
 class Elsewhere(SingleDevice):
     """One device, in a process that is launched for it."""

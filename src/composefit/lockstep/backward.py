@@ -131,8 +131,8 @@ class Backward:
         retain_graph: bool,
     ) -> None:
         """A rank's only shard: gradients go to the other ranks as they come."""
-        if self.places.together:
-            ranks.settle()  # the backward itself sends
+        if self.places.together or self.places.device.type != "cpu":
+            ranks.settle()  # the backward itself sends, or runs in a thread of its own
         reduction = ranks.reducer.begin(key, leaves, ranks.settle)
         self._reductions[key] = reduction
         if shard.spare:

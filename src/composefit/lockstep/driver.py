@@ -13,6 +13,7 @@ step(batches):
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import accumulate
@@ -277,7 +278,9 @@ class Lockstep:
         except Exception as error:
             messages.note(error, f"step {self.number}, while its batches were cut into shards")
             raise
-        self.backward.lone = len(parts) == 1
+        # The same on all ranks: it decides in which order gradients are sent.
+        by_rank = Counter(one.rank for one in ranks.shards)
+        self.backward.lone = max(by_rank.values()) == 1
         ranks.buffers.begin(self.body.training)
         if len(parts) == 1 and not ranks.spare:
             self._begin_lone(ranks, parts[0])

@@ -84,6 +84,7 @@ class World:
         mine: what this rank says with its next control message.
         agreed: what all ranks said with the last one: the largest signal, whether any wants to
             stop, and the clock of rank 0.
+        ending: a signal that all ranks know of ends the run.
         closed: this rank has left: nothing can be sent any more.
         busy: so many sums are on their way, which the others wait for.
     """
@@ -110,6 +111,7 @@ class World:
         self.mine = Says()
         self.agreed = Says()
         self.closed = False
+        self.ending = False
         self.busy = 0
         self._messages = 0
         self._turns = 0
@@ -163,7 +165,7 @@ class World:
         while not self.store.check([key]):
             if said := self._failed():
                 raise PeerFailed("; ".join(said))
-            time.sleep(0.02)
+            time.sleep(0.1)
 
     # -- objects -------------------------------------------------------------------------------
 
@@ -252,10 +254,12 @@ class World:
         self._last_word(error)
         try:
             met = Meeting(self, _FAILED, lambda: "", (), may_differ=True)
-            met.wait(_LAST_WORD)
+            # Where a signal ends all ranks, all are known to come.
+            met.wait(self.timeout if self.ending else _LAST_WORD)
         except RuntimeError:
             self.leave(error)
             return False
+        self.ending = False
         if all(place == _FAILED for place in met.places):
             with suppress(Exception):  # nobody is to find it later
                 self.store.delete_key(f"composefit/failed/{self.rank}")
@@ -270,8 +274,6 @@ class World:
         self.closed = True
         if error is not None and not isinstance(error, PeerFailed):
             self._last_word(error)
-        global _joined
-        _joined = None
         with suppress(Exception):
             dist.destroy_process_group()
 
@@ -282,7 +284,10 @@ class World:
 
     def _refuse_closed(self) -> None:
         if self.closed:
-            raise PeerFailed("this rank has left the job after an error: start the job anew")
+            raise RuntimeError(
+                "this rank has left its job after an error, and cannot talk to the others any "
+                "more: start the job anew"
+            )
 
     def _waited(
         self, work: dist.Work | None, describe: Callable[[], str], seconds: float | None = None
@@ -451,15 +456,19 @@ def join(backend: str, timeout: float, device: torch.device) -> World:
     """
     global _joined
     if _joined is not None:
+        _joined._refuse_closed()
         return _joined
     limit = timedelta(seconds=timeout)
     if dist.is_initialized():  # by the user's script
         store = dist.distributed_c10d._get_default_store()
     else:
         store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        # torchrun keeps one store over restarts of the job: not what was left there before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"composefit/attempt{attempt}", store)
         dist.init_process_group(
             backend,
-            store=PrefixStore("composefit/default", store),
+            store=PrefixStore("default", store),
             rank=rank,
             world_size=size,
             timeout=limit,

@@ -178,7 +178,7 @@ class ShardedReduction:
         world = self._world
         if not self._sent:
             self._gate()
-            world.busy = True
+            world.busy += 1
         if len(self._sent) >= _ON_THE_WAY:
             self._arrive(self._sent[-_ON_THE_WAY])
         bucket.flat = self._flat(bucket, flags)
@@ -247,12 +247,10 @@ class ShardedReduction:
             kept: they stay in use after the next reduction of this key.
         """
         sums: Gradients = [None] * len(self._parameters)
-        try:
-            told = self._take_in(self._buckets, sums)
-            if told is None or told.any():
-                self._settle(sums)
-        finally:
-            self._world.busy = False
+        told = self._take_in(self._buckets, sums)
+        if told is None or told.any():
+            self._settle(sums)
+        self._world.busy -= bool(self._sent)
         if self._whole is not None:
             for i, total in zip(self._others, self._whole.finish(kept), strict=True):
                 sums[i] = total
