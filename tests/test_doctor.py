@@ -274,5 +274,5 @@ def test_of_a_launchers_variables_the_values_stay_unsaid(monkeypatch: pytest.Mon
 
 def test_the_extras_are_those_that_a_user_can_install() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    of_developers = {"docs", "tests", "benchmarks", "examples"}
+    of_developers = {"docs", "tests", "benchmarks", "examples", "recipes"}
     assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - of_developers

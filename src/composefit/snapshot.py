@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import platform
@@ -202,7 +203,8 @@ def _on_first(world: World | None, what: str, function: Callable[[], Result]) ->
 def _as_plain(error: Exception) -> Exception:
     """An error that can be told to other ranks."""
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.copy(error)  # as pickle makes it anew
+        pickle.dumps(error)
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -218,7 +218,7 @@ def test_f43_releases_of_torch_whose_safe_load_is_none(tells: Tells) -> None:
 def test_f43_nothing_is_loaded_without_care() -> None:
     loads = 0
     for path in (Path(__file__).parents[2] / "src").rglob("*.py"):
-        if path.parts[-2:] == ("ranks", "world.py"):
+        if "ranks" in path.parts:
             continue  # messages between the processes of one job, which run the same code anyway
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

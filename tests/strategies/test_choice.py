@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from composefit import SingleDevice, Strategy, ThreadDataParallel, Trainer
+from composefit import MultiGPU, SingleDevice, Strategy, ThreadDataParallel, Trainer
 from composefit.strategies import choose
 
 
@@ -164,12 +164,11 @@ def test_a_list_of_one_picks_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("devices", [2, "2", [0, 1], -1, "-1"])
-def test_several_gpus_are_refused_not_left_idle(
-    devices: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_gpus_get_a_process_each(devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cuda=2)
-    with pytest.raises(ValueError, match="one cuda device can be used: write devices=1, or a list"):
-        choose("auto", "gpu", devices)
+    found = choose("auto", "gpu", devices)
+    assert isinstance(found, MultiGPU)
+    assert found.processes_to_launch() == 2
 
 
 def test_threads_on_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

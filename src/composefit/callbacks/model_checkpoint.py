@@ -416,7 +416,7 @@ class ModelCheckpoint(Callback):
         if Path(path).parent != self._folder or Path(path).suffix != ".ckpt":
             return
         try:
-            if Path(path).is_dir():  # of a sharded training
+            if (Path(path) / "state.ckpt").is_file():  # of a sharded training
                 shutil.rmtree(path)
             else:
                 Path(path).unlink(missing_ok=True)

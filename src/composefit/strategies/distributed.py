@@ -195,6 +195,8 @@ class Distributed(Strategy):
 
     def place(self, module: nn.Module, dtype: torch.dtype | None) -> None:
         """Bring the module to this rank's device, with the numbers that it has on rank 0."""
+        if self.sync_batchnorm:
+            self._synchronise_batchnorm(module)
         self.inner.place(module, dtype)
         world = self.world
         if world is None:
@@ -203,15 +205,17 @@ class Distributed(Strategy):
         world.agree(f"the module of parameters and buffers {shapes}")
         with torch.no_grad():
             world.send_from_first_([tensor.detach() for tensor in _tensors_of(module)])
-        if self.sync_batchnorm:
-            self._refuse_sync_on_cpu()
 
-    def _refuse_sync_on_cpu(self) -> None:
+    def _synchronise_batchnorm(self, module: nn.Module) -> None:
+        """BatchNorm layers become torch's SyncBatchNorm; their parameters stay the same objects."""
         if self.device.type != "cuda":
             raise ValueError(
                 "sync_batchnorm=True needs CUDA, as torch.nn.SyncBatchNorm does: on a CPU use "
                 "nn.GroupNorm or nn.LayerNorm, which normalise each sample by itself"
             )
+        for name, child in list(module.named_children()):
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(child)  # type: ignore[no-untyped-call]
+            setattr(module, name, converted)
 
     def add_up(self, lanes: Sequence[Gradients], parameters: Sequence[Parameter]) -> Gradients:
         """Over the lanes of this rank; the driver adds up over the ranks."""
