@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import platform
 import random
@@ -135,11 +134,7 @@ def _of_ranks(world: World | None, loop: Loop | None) -> dict[str, Any]:
     if world is None:
         everyone = [(generators, own)]
     else:
-        # As bytes: plain pickle does not read back torch's unsigned types, as in NumPy's states.
-        file = io.BytesIO()
-        torch.save((generators, own), file)
-        told = world.gather("what is a rank's own in a checkpoint", file.getvalue())
-        everyone = [torch.load(io.BytesIO(one), weights_only=True) for one in told]
+        everyone = world.gather("what is a rank's own in a checkpoint", (generators, own))
     states = [one for one, _ in everyone]
     found: dict[str, Any] = {"random": states[0]}
     if not all(_equal(one, states[0]) for one in states):

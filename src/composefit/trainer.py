@@ -840,6 +840,18 @@ class Trainer:
         ckpt_path: Any,
     ) -> tuple[LoopModule, Sources, snapshot.Found | None]:
         """What an evaluation runs with."""
+        module, sources, ckpt_path = self._meant(stage, module, dataloaders, datamodule, ckpt_path)
+        return module, sources, snapshot.read(self, ckpt_path)
+
+    def _meant(
+        self,
+        stage: str,
+        module: LoopModule | None,
+        dataloaders: Any,
+        datamodule: Any,
+        ckpt_path: Any,
+    ) -> tuple[LoopModule, Sources, Any]:
+        """The module, data and checkpoint that an evaluation is of, where some were left out."""
         if module is None:
             if self.module is None:
                 raise TypeError(f"trainer.{stage} needs a module: none was run before")
@@ -855,7 +867,7 @@ class Trainer:
         sources = Sources.of(module, datamodule, **{name: dataloaders})
         sources.refuse(name, stage)
         self._refuse_to_run_twice(stage)
-        return module, sources, snapshot.read(self, ckpt_path)
+        return module, sources, ckpt_path
 
     def _evaluate(
         self,
@@ -896,20 +908,12 @@ class Trainer:
 
     def _launched(self, stage: str, module: LoopModule | None, given: dict[str, Any]) -> Any:
         """An evaluation in processes of its own, of what could be evaluated here."""
-        self._refuse_to_run_twice(stage)
-        found = self.module if module is None else module
-        if found is None:
-            raise TypeError(f"trainer.{stage} needs a module: none was run before")
-        needed = {"validate": ("validation_step",), "test": ("test_step",), "predict": ()}[stage]
-        self._check(found, *needed)
+        found, sources, given["ckpt_path"] = self._meant(
+            stage, module, given["dataloaders"], given["datamodule"], given["ckpt_path"]
+        )
+        given["datamodule"] = sources.datamodule
         name = "val" if stage == "validate" else stage
-        own = self.datamodule if module is None and given["dataloaders"] is None else None
-        given["datamodule"] = given["datamodule"] or own
-        sources = Sources.of(found, given["datamodule"], **{name: given["dataloaders"]})
-        sources.refuse(name, stage)
-        best = self.checkpoint_callback
-        if module is None and given["ckpt_path"] is None and best and best.best_model_path:
-            given["ckpt_path"] = "best"
+        given["dataloaders"] = sources.given.get(name)
         return remote.call(self, stage, found, given)
 
     def _attach(self, module: LoopModule, datamodule: DataModule | None = None) -> None:

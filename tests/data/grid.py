@@ -89,24 +89,29 @@ class StreamWithState(IterableDataset[Tensor]):
         self.next, self.epochs = state["next"], state["epochs"]
 
 
-class StreamThatContinues(StreamWithState):
-    """Goes on where it was only if its state was loaded, and else from its beginning."""
+class Continuing:
+    """A stream with a state goes on where it was only if that was loaded, else from its start."""
 
     continues = False
+    next: int
 
     def __iter__(self) -> Iterator[Tensor]:
         if not self.continues:
             self.next = 0
         self.continues = False
         before = self.next
-        for sample in super().__iter__():
+        for sample in super().__iter__():  # type: ignore[misc]
             yield sample
             before = self.next
         self.next = before
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+        super().load_state_dict(state)  # type: ignore[misc]
         self.continues = True
+
+
+class StreamThatContinues(Continuing, StreamWithState):
+    """The same samples for whoever reads them."""
 
 
 class Counting(Augmented):

@@ -12,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from composefit.data import Batches, LoaderBatches, PerRank
 from composefit.data.loaders import in_order, one_shot
-from tests.data.grid import Augmented, Counting, Loaded, drawn, loader, reloaded, same
+from tests.data.grid import Augmented, Continuing, Counting, Loaded, drawn, loader, reloaded, same
 from tests.data.world import Agreement, close, resumed, steps, world
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
@@ -52,24 +52,8 @@ class PartWithState(Part):
         self.next = state["next"]
 
 
-class PartThatContinues(PartWithState):
-    """Goes on where it was only if its state was loaded, and else from its beginning."""
-
-    continues = False
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if not self.continues:
-            self.next = 0
-        self.continues = False
-        before = self.next
-        for sample in super().__iter__():
-            yield sample
-            before = self.next
-        self.next = before
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.continues = True
+class PartThatContinues(Continuing, PartWithState):
+    """A rank's own part."""
 
 
 class PartLoader(Loaded):

@@ -212,8 +212,7 @@ MUTANTS = (
         5,
         "what shards did to buffers is merged after the step",
         "lockstep/driver.py",
-        "            merge(self.owner, [s.replica for s in counted if s.replica is not None], "
-        "weights)",
+        "            merge(self.owner, replicas, weights)",
         "            pass",
         (f"{LOCKSTEP}driver.py::test_statistics_are_the_weighted_mean_of_the_shards_changes",),
     ),
@@ -221,8 +220,8 @@ MUTANTS = (
         5,
         "a shard's samples are its weight in the merge",
         "lockstep/driver.py",
-        "weights = [float(shard.samples) for shard in counted]\n",
-        "weights = [1.0 for shard in counted]\n",
+        "weights = [float(shard.samples) for shard in self.shards if not shard.spare]\n",
+        "weights = [1.0 for shard in self.shards if not shard.spare]\n",
         (f"{LOCKSTEP}driver.py::test_statistics_are_the_weighted_mean_of_the_shards_changes",),
     ),
     Mutant(

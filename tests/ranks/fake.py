@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from composefit.ranks.world import Says
+from composefit.ranks.world import Says, packed, unpacked
 
 Result = TypeVar("Result")
 
@@ -42,14 +41,14 @@ class FakeWorld:
 
     def gather(self, what: str, value: Any) -> list[Any]:
         self.places.append(what)
-        self._table[self.rank] = what, pickle.dumps(value)
+        self._table[self.rank] = what, packed(value)
         self._meeting.wait(PATIENCE)
         everyone = list(self._table)
         self._meeting.wait(PATIENCE)  # nobody writes the next message before all have read this one
         places = [place for place, _ in everyone]
         if len(set(places)) > 1:
             raise RuntimeError(f"the ranks are at different places: {places}")
-        return [pickle.loads(one) for _, one in everyone]
+        return [unpacked(one) for _, one in everyone]
 
     def broadcast(self, what: str, value: Any) -> Any:
         return self.gather(what, value if self.rank == 0 else None)[0]

@@ -20,7 +20,8 @@ from torch import Tensor
 from composefit import SingleDevice, Strategy, ThreadDataParallel
 from composefit.testing import assert_same_training
 from tests.laws.recipe import RAGGED
-from tests.laws.recipes.gallery_1 import FOLDER, RECIPES, example, reduced
+from tests.laws.recipes.gallery import FOLDER, example
+from tests.laws.recipes.gallery_1 import RECIPES, reduced
 
 NAMES = [
     *("dcgan", "wgan_gp", "stylegan2", "cyclegan", "vqgan", "diffusion", "language_model"),

@@ -22,7 +22,8 @@ from composefit.lockstep.backward import Backward
 from composefit.testing import assert_same_training
 from tests.laws.recipe import EVEN, RAGGED
 from tests.laws.recipes import gallery_2
-from tests.laws.recipes.gallery_2 import FOLDER, RECIPES, example
+from tests.laws.recipes.gallery import FOLDER, example
+from tests.laws.recipes.gallery_2 import RECIPES
 
 NAMES = "byol clip dino fixmatch moco pinn ppo sac sam simclr tbptt".split()  # noqa: SIM905
 STRATEGIES: dict[str, Callable[[], Strategy]] = {

@@ -158,12 +158,11 @@ class Backward:
         """The backward of a shard that has no samples, where all ranks must go through it."""
         if not self.places.together:
             return
-        separate = [t for t in loss.terms if t.weight is not None and t.weight is not SUMMED]
-        known = [t for t in loss.terms if all(t is not one for one in separate)]
-        walks = [known] if self.lone or not separate else [known, *([t] for t in separate)]
-        if self.lone:
-            walks = [list(loss.terms)]
-        walks = [terms for terms in walks if terms]
+        walks = [list(loss.terms)]
+        if not self.lone:  # as `_parts` has them: a walk for all denominators that are known
+            known = [t for t in loss.terms if t.weight is None or t.weight is SUMMED]
+            others = [[t] for t in loss.terms if t.weight is not None and t.weight is not SUMMED]
+            walks = [known, *others] if known else others
         for i, terms in enumerate(walks):
             outputs = [term.total for term in terms]
             retain = retain_graph or i < len(walks) - 1

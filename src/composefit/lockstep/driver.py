@@ -13,7 +13,6 @@ step(batches):
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import accumulate
@@ -279,8 +278,7 @@ class Lockstep:
             messages.note(error, f"step {self.number}, while its batches were cut into shards")
             raise
         # The same on all ranks: it decides in which order gradients are sent.
-        by_rank = Counter(one.rank for one in ranks.shards)
-        self.backward.lone = max(by_rank.values()) == 1
+        self.backward.lone = max(ranks.counts) == 1
         ranks.buffers.begin(self.body.training)
         if len(parts) == 1 and not ranks.spare:
             self._begin_lone(ranks, parts[0])
@@ -503,18 +501,20 @@ class Lockstep:
         """Those of the step's shards; none where a shard is alone."""
         return [shard.replica for shard in self.shards if shard.replica is not None]
 
+    def counted_replicas(self) -> list[Replica]:
+        """Those whose shards have samples: what the others do to theirs ends with the step."""
+        return [s.replica for s in self.shards if s.replica is not None and not s.spare]
+
     def _check_buffers(self) -> None:
-        counted = [s.replica for s in self.shards if s.replica is not None and not s.spare]
-        found = differing_buffer(self.owner, counted)
+        found = differing_buffer(self.owner, self.counted_replicas())
         if found is not None:
             raise messages.differing_writes(*found)
 
     def _merge(self) -> None:
-        replicas = self.replicas()
-        counted = [shard for shard in self.shards if not shard.spare]
-        if replicas and counted:
-            weights = [float(shard.samples) for shard in counted]
-            merge(self.owner, [s.replica for s in counted if s.replica is not None], weights)
+        replicas = self.counted_replicas()
+        if replicas:
+            weights = [float(shard.samples) for shard in self.shards if not shard.spare]
+            merge(self.owner, replicas, weights)
 
     # -- what a shard needs --------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class Ranks:
     Attributes:
         shards: those of all ranks, in sample order.
         own: the places in it of this rank's, spare ones at place 0.
+        counts: how many each rank has.
         spare: this rank has no samples in this step.
         reducer: adds up gradients.
     """
@@ -59,6 +60,7 @@ class Ranks:
         self.world = world
         self.shards: list[RemoteShard] = []
         self.own: list[int] = []
+        self.counts: list[int] = []
         self.spare = False
         self.reducer = lock.lanes.reducer()
         self.buffers = RankedBuffers(lock.owner, world)
@@ -67,10 +69,10 @@ class Ranks:
         self._shape: tuple[Any, ...] = ()
         self._words: list[float] = []
         self._many = False
-        self._here: list[Effect[Any]] = []
         self._counted: list[Effect[Any]] = []
         self._all: list[Effect[Any]] | None = None
-        self._places: dict[Any, tuple[int, int]] = {}
+        self._effect: Effect[Any] | None = None
+        self._places: dict[Any, int] = {}
 
     # -- who has which samples -----------------------------------------------------------------
 
@@ -118,6 +120,7 @@ class Ranks:
                 parts += [spare] * (most - len(own))
                 self.own += [0] * (most - len(own))
             spares.append(spare)
+        self.counts = [sum(one.rank == rank for one in self.shards) for rank in range(world.size)]
         self.spare = all(part.spare for part in parts)
         if not parts:
             self.own.append(0)
@@ -144,26 +147,20 @@ class Ranks:
     def meet(self, effects: Sequence[Effect[Any]]) -> None:
         """Say what this rank's shards yielded; the answer is not waited for."""
         effect = effects[0]
-        self._here, self._all = list(effects), None
-        counted = [
+        self._effect, self._all = effect, None
+        self._counted = [
             one for one, shard in zip(effects, self.lock.shards, strict=True) if not shard.spare
         ]
-        self._counted = counted
-        self._met = [one.values() for one in counted]
+        self._met = [one.values() for one in self._counted]
         self._shape = effect.values() if self.spare else self._met[0]
-        most = max(sum(one.rank == rank for one in self.shards) for rank in range(self.world.size))
-        room = most * (len(self._shape) + 1)
+        room = max(self.counts) * (len(self._shape) + 1)
         self._words = [word for values in self._met for word in _words(values)]
         self._many = room + 1 > WORDS
-        words = [self.buffers.written(self._speaking(), self.spare)]
+        words = [self.buffers.written(self.lock.counted_replicas(), self.spare)]
         if not self._many:
             words += self._words + [0.0] * (room - len(self._words))
         place = self._place(effect, room)
         self._meeting = self.world.meet(place, self.describe, words)
-
-    def _speaking(self) -> list[Any]:
-        """The replicas whose buffers count."""
-        return [s.replica for s in self.lock.shards if s.replica is not None and not s.spare]
 
     def settle(self) -> None:
         """Wait until it is known that all ranks yielded the same."""
@@ -173,7 +170,8 @@ class Ranks:
         rows = meeting.wait()
         self._meeting = None
         self.buffers.compare([row[0] for row in rows])
-        effect = self._here[0]
+        effect = self._effect
+        assert effect is not None
         words: list[Sequence[float]] = [row[1:] for row in rows]
         if self._many:
             words = self.world.gather("the numbers that shards yielded", self._words)
@@ -215,8 +213,8 @@ class Ranks:
         if found is None:
             if len(self._places) > 256:
                 self._places.clear()
-            found = self._places[agreement] = (checksum(repr(agreement)), count)
-        return (found[0] + 7919 * self.lock.number + 104729 * count) % 2**32
+            found = self._places[agreement] = checksum(repr(agreement))
+        return (found + 7919 * self.lock.number + 104729 * count) % 2**32
 
     def _bulk(self, shape: Sequence[Any], words: Sequence[Sequence[float]]) -> list[Any]:
         """For each rank an iterator over the tensors of its shards, in their order."""
@@ -224,11 +222,10 @@ class Ranks:
         if not places:
             return [iter(()) for _ in words]
         world, width = self.world, len(shape) + 1
-        counts = [sum(shard.rank == rank for shard in self.shards) for rank in range(world.size)]
         sizes = [
             [
                 (int(words[rank][n * width + 1 + i]) if shape[i].dim() else 1, shape[i])
-                for n in range(counts[rank])
+                for n in range(self.counts[rank])
                 for i in places
             ]
             for rank in range(world.size)
@@ -356,7 +353,7 @@ class RankedBuffers:
             return -1.0
         value = 0
         for name, buffer in found:
-            value = zlib.crc32(_bytes(buffer.detach()).cpu().numpy().tobytes(), value)
+            value = _crc(buffer, value)
             value = zlib.crc32(name.encode(), value) or 1
         return float(value)
 
@@ -385,10 +382,7 @@ class RankedBuffers:
         said = {value for value in checksums if value != -1.0}
         if len(said) <= 1:
             return
-        mine = {
-            name: zlib.crc32(_bytes(buffer.detach()).cpu().numpy().tobytes())
-            for name, buffer in self._last
-        }
+        mine = {name: _crc(buffer) for name, buffer in self._last}
         theirs = self.world.gather("the buffers that the step has written", mine)
         speaking = [one for one, value in zip(theirs, checksums, strict=True) if value != -1.0]
         names = dict.fromkeys(name for one in speaking for name in one)
@@ -398,6 +392,10 @@ class RankedBuffers:
                 ranks = [rank for rank, value in enumerate(checksums) if value != -1.0]
                 other = next(r for r, v in zip(ranks, values, strict=True) if v != values[0])
                 raise messages.differing_writes(name, f"ranks {ranks[0]} and {other} differ")
+
+
+def _crc(buffer: Tensor, before: int = 0) -> int:
+    return zlib.crc32(_bytes(buffer.detach()).cpu().numpy().tobytes(), before)
 
 
 def _version(buffer: Tensor) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import pickle
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -176,7 +177,7 @@ class World:
             what: the place, in words.
             value: is pickled; its tensors must be on the CPU.
         """
-        mine = _packed(value)
+        mine = packed(value)
         sizes = [int(size) for (size,) in self.agree(what, len(mine))]
         room = max(sizes)
         if not room:
@@ -186,7 +187,7 @@ class World:
         got = [torch.empty(room, dtype=torch.uint8) for _ in range(self.size)]
         self._waited(dist.all_gather(got, sent, group=self.control, async_op=True), lambda: what)
         return [
-            _unpacked(one[:size].numpy().tobytes()) for one, size in zip(got, sizes, strict=True)
+            unpacked(one[:size].numpy().tobytes()) for one, size in zip(got, sizes, strict=True)
         ]
 
     def broadcast(self, what: str, value: Any) -> Any:
@@ -500,20 +501,22 @@ def _close() -> None:
 # -- objects as bytes --------------------------------------------------------------------------
 
 
-def _packed(value: Any) -> bytes:
+def packed(value: Any) -> bytes:
     """A value that another rank of this job unpacks."""
     if isinstance(value, bytes):
         return b"b" + value
-    packed = io.BytesIO()
-    packed.write(b"t")
-    torch.save(value, packed)
-    return packed.getvalue()
+    file = io.BytesIO()
+    file.write(b"t")
+    # Not torch's protocol 2, which makes an OSError of a FileNotFoundError.
+    torch.save(value, file, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+    return file.getvalue()
 
 
-def _unpacked(packed: bytes) -> Any:
-    if packed[:1] == b"b":
-        return packed[1:]
-    return torch.load(io.BytesIO(packed[1:]), map_location="cpu", weights_only=False)
+def unpacked(data: bytes) -> Any:
+    """The value that `packed` was given; its tensors are on the CPU."""
+    if data[:1] == b"b":
+        return data[1:]
+    return torch.load(io.BytesIO(data[1:]), map_location="cpu", weights_only=False)
 
 
 # -- tensors in one piece ----------------------------------------------------------------------

@@ -6,10 +6,7 @@ that are nothing but rounding. Each is compared with a loop written by hand; tho
 """
 
 import copy
-import importlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +18,7 @@ from torch.optim import SGD
 from composefit import LoopModule
 from tests.laws.recipe import Draws, Recipe
 from tests.laws.recipes.adversarial import draws_of_steps
-
-FOLDER = Path(__file__).parents[3] / "examples" / "recipes"
-
-
-def example(name: str) -> Any:
-    """The file of a recipe, as a module."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
+from tests.laws.recipes.gallery import example
 
 
 def reduced(

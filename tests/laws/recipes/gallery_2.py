@@ -5,11 +5,8 @@ and SGD, which does not divide by gradients that are nothing but rounding.
 """
 
 import copy
-import importlib
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +19,7 @@ from torch.optim import SGD
 from composefit.data import LoaderBatches
 from tests.laws.recipe import Draws, Recipe
 from tests.laws.recipes.adversarial import draws_of_steps
-
-FOLDER = Path(__file__).parents[3] / "examples" / "recipes"
-
-
-def example(name: str) -> Any:
-    """The file of a recipe, as a module."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
-
+from tests.laws.recipes.gallery import example
 
 byol, clip, dino, fixmatch, moco, pinn, ppo, sac, sam, simclr, tbptt = map(
     example,
