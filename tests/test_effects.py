@@ -8,13 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from composefit import Effect, Gather, Mean, Once, Strategy, Sum, Update
+from composefit import (
+    Effect,
+    Gather,
+    Gradient,
+    Grads,
+    Mean,
+    Once,
+    Strategy,
+    Sum,
+    Update,
+)
 from composefit.effects import Reduce, reduced_loss, shares
 from composefit.losses import SUMMED
-from composefit.updates import Gradient
 from tests.lockstep.steps import data, every_strategy, linear, module, several_shards, trainer
 
 X = torch.ones(3, 2)
+P = torch.nn.Parameter(torch.ones(2))
+FROZEN = torch.nn.Parameter(torch.ones(2), requires_grad=False)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +46,17 @@ X = torch.ones(3, 2)
         (lambda: Update({}), ValueError, "at least one"),
         (lambda: Update({"a": X}), ValueError, r"the loss of 'a' .*shape \(3, 2\).*\.mean\(\)"),
         (lambda: Update({"a": 0.5}), TypeError, r"the loss of 'a'.*\.item\(\)"),
-        (lambda: Gradient(X, []), ValueError, r"the loss must be a 0-dim tensor"),
+        (lambda: Gradient(X, P), TypeError, r"Gradient expects \{key: loss, ...\} and wrt="),
+        (lambda: Gradient({}, P), ValueError, "at least one {key: loss}"),
+        (lambda: Gradient({"a": X}, P), ValueError, r"the loss of 'a' must be a 0-dim tensor"),
+        (lambda: Gradient({"a": X.sum()}, []), ValueError, "at least one parameter, got none"),
+        (lambda: Gradient({"a": X.sum()}, [X]), TypeError, r"torch\.autograd\.grad\("),
+        (lambda: Gradient({"a": X.sum()}, 3), TypeError, r"wrt=module\.parameters\(\)"),
+        (lambda: Gradient({"a": X.sum()}, FROZEN), ValueError, "requires no gradient .*frozen"),
+        (lambda: Grads(X), TypeError, "a list with a gradient for each parameter, got a tensor"),
+        (lambda: Grads([3.0]), TypeError, "tensors, or None for a parameter .* got float"),
+        (lambda: Grads([None, None]), ValueError, "no gradient at all"),
+        (lambda: Grads([X], loss=X), ValueError, r"the loss of Grads must be a 0-dim tensor"),
     ],
 )
 def test_what_an_effect_cannot_be_made_of_raises(

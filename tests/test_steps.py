@@ -47,7 +47,7 @@ def test_what_is_handed_over_stands_for_an_effect(
         ("critic", False, "yielded str 'critic'.*`yield from` a dict hands over its keys"),
         ((_ for _ in ()), False, r"yielded a generator.*write `yield from self\.helper"),
         ([LOSS], True, "returned list"),
-        (lambda: LOSS, True, "returned function"),
+        (range, True, "returned type"),
         (Gather(torch.ones(2, 1)), True, r"returned Gather\(\.\.\.\).*yield it"),
         (Once(print), True, r"returned Once\(\.\.\.\).*yield it"),
         (Reduce(Mean(LOSS, 2)), True, r"returned Reduce\(\.\.\.\).*yield it"),

@@ -1202,9 +1202,3 @@ def test_a_bare_strategy_name_is_enough() -> None:
     assert type(Trainer(strategy="threads").strategy) is ThreadDataParallel
     assert type(Trainer().strategy) is SingleDevice
     assert weights(module(squares))
-
-
-def test_an_optimizer_that_needs_a_closure_is_refused_before_any_work() -> None:
-    net = net_with(lambda self: torch.optim.LBFGS(self.net.parameters()))
-    with pytest.raises(TypeError, match=r"'optimizer' is LBFGS, whose step\(closure\)"):
-        trainer().fit(net, BATCHES)

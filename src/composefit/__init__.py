@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from composefit.callbacks import Callback
-from composefit.data import PerRank
+from composefit.data import CombinedLoader, PerRank
 from composefit.data_parallel import DataParallel
 from composefit.datamodule import DataModule
 from composefit.effects import Effect, Gather, Once
 from composefit.images import Image
 from composefit.loops import Loop
-from composefit.losses import Mean, Sum
+from composefit.losses import Loss, Mean, Sum
 from composefit.module import LoopModule
 from composefit.optimizers import OptimizerConfig
 from composefit.seeding import seed_everything
@@ -22,22 +22,26 @@ from composefit.strategies import (
     ThreadDataParallel,
 )
 from composefit.trainer import Trainer
-from composefit.updates import Update
+from composefit.updates import Gradient, Grads, Update
 
 if TYPE_CHECKING:
     from composefit.strategies.fully_sharded import FullySharded
 
 __all__ = [
     "Callback",
+    "CombinedLoader",
     "DataModule",
     "DataParallel",
     "Distributed",
     "Effect",
     "FullySharded",
     "Gather",
+    "Gradient",
+    "Grads",
     "Image",
     "Loop",
     "LoopModule",
+    "Loss",
     "Mean",
     "MultiGPU",
     "Once",

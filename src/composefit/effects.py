@@ -8,7 +8,7 @@ is a class with these methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
 import torch
@@ -62,11 +62,25 @@ class Barrier(Protocol):
         `functions` are those of the shards: the same code, each around its own shard's module.
         """
 
-    def update(self, losses: dict[str, list[Loss | Tensor]]) -> dict[str, Tensor]:
-        """Step the named optimizers with the gradients taken; the reduced losses."""
+    def update(
+        self,
+        losses: dict[str, list[Loss | Tensor]],
+        given: Mapping[str, list[Tensor | None]] | None = None,
+        functions: Sequence[str] = (),
+    ) -> dict[str, Tensor]:
+        """Step the named optimizers with the gradients taken, or given; the reduced losses.
 
-    def gradients(self, key: str) -> list[Tensor | None]:
-        """The gradients taken under `key`, reduced over all shards."""
+        Args:
+            losses: name -> its loss in each shard; None in each where there is none.
+            given: name -> gradients in place of those taken.
+            functions: the names whose loss is a function, which the optimizer may ask again.
+        """
+
+    def gradients(self, key: str, whole: bool = True) -> list[Tensor | None]:
+        """The gradients taken under `key`, reduced over all shards and unscaled.
+
+        With `whole=False` those of sharded parameters are sharded as these are.
+        """
 
     def reduce(self, losses: Sequence[Loss | Tensor]) -> Tensor:
         """One loss of each shard, reduced to a detached 0-dim tensor."""

@@ -7,7 +7,9 @@ over boxes, whatever the shards held of each.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -209,9 +211,14 @@ def as_loss(value: object, what: str) -> Loss:
     hint = ""
     if isinstance(value, (int, float)):
         hint = " (a Python number has no gradient: was .item() called on the loss?)"
-    elif callable(value):
-        hint = " (a loss as a function, for closure optimizers, is not supported yet)"
+    elif is_function(value):
+        hint = " (a function belongs by itself into the update: yield {name: lambda: loss})"
     raise TypeError(f"{what} must be a 0-dim tensor, Mean or Sum, got {describe(value)}{hint}")
+
+
+def is_function(value: object) -> bool:
+    """Whether this is a loss as a function: a lambda, a function, a method, a partial."""
+    return inspect.isroutine(value) or isinstance(value, partial)
 
 
 def describe(value: object) -> str:

@@ -12,6 +12,7 @@ and what is returned is an entry, a dict `{name: entry}`, a list of entries, or 
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -189,6 +190,12 @@ class NamedOptimizer:
         """
         # Each comes once, which `read_optimizers` has made sure of: this runs at every update.
         return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step evaluates the loss itself, and cannot do without: `torch.optim.LBFGS`."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 class Optimizers(dict[str, NamedOptimizer]):

@@ -373,9 +373,10 @@ def restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
             one.optimizer._opt_called = True  # type: ignore[attr-defined]
         for schedule, scheduler in zip(one.schedulers, state["schedulers"][name], strict=True):
             schedule.scheduler.load_state_dict(scheduler["state"])
-    for name, scale in training.stepper.scales.items():
-        if name in state["loss_scales"]:
-            scale.load_state_dict(state["loss_scales"][name])
+    for name, kept in state["loss_scales"].items():
+        scale = training.stepper.scale(name)
+        if scale is not None:
+            scale.load_state_dict(kept)
     training.stepper.updates.update(state["updates"])
     training.samples_seen = state["samples_seen"]
     trainer.global_step = state["global_step"]

@@ -12,11 +12,11 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor
 
 from composefit.effects import Effect, Gather, Once, Reduce, ShardView
-from composefit.losses import Loss, describe
-from composefit.updates import OnlyUpdate, Update
+from composefit.losses import Loss, describe, is_function
+from composefit.updates import Given, Gradient, Grads, OnlyUpdate, Update
 
 #: What a training step yields: an effect, `{name: loss}`, or a bare loss.
-Yielded: TypeAlias = "Effect[Any] | Mapping[str, Tensor | Loss] | Tensor | Loss"
+Yielded: TypeAlias = "Effect[Any] | Mapping[str, Given] | Given"
 
 #: The return type of a `training_step` that yields.
 Step: TypeAlias = Generator[Yielded, Any, Any]
@@ -34,7 +34,7 @@ def as_effect(value: object, returned: bool) -> Effect[Any] | None:
     if isinstance(value, Tensor):
         return OnlyUpdate({ONLY: value})
     if isinstance(value, Effect):
-        if returned and isinstance(value, (Gather, Once, Reduce)):
+        if returned and isinstance(value, (Gather, Gradient, Once, Reduce)):
             kind = type(value).__name__
             raise TypeError(
                 f"training_step returned {kind}(...), whose result nobody would get: yield it, "
@@ -48,7 +48,9 @@ def as_effect(value: object, returned: bool) -> Effect[Any] | None:
             loss = as_effect(value["loss"], returned)
             others = value.keys() - {"loss"}
             return _LossOf(loss.losses, others) if type(loss) is OnlyUpdate and others else loss
-        return Update(cast("dict[str, Tensor | Loss]", value))
+        return Update(cast("dict[str, Given]", value))
+    if isinstance(value, Grads) or is_function(value):
+        return OnlyUpdate({ONLY: cast("Given", value)})
     if value is None and returned:
         return None
     verb = "returned" if returned else "yielded"
@@ -65,8 +67,8 @@ def as_effect(value: object, returned: bool) -> Effect[Any] | None:
     elif value is None:
         hint = ": to skip a step, `return`"
     raise TypeError(
-        f"training_step {verb} {describe(value)}, expected a loss (0-dim tensor, Mean, Sum), "
-        f"{{name: loss}} or an effect (Update, Gather, Once, ...){hint}"
+        f"training_step {verb} {describe(value)}, expected a loss (0-dim tensor, Mean, Sum, a "
+        f"function that returns one), {{name: loss}} or an effect (Update, Gather, Once, ...){hint}"
     )
 
 
@@ -75,7 +77,7 @@ class _LossOf(OnlyUpdate):
 
     __slots__ = ("others",)
 
-    def __init__(self, losses: Mapping[str, Tensor | Loss], others: Set[object]) -> None:
+    def __init__(self, losses: Mapping[str, Given], others: Set[object]) -> None:
         super().__init__(losses)
         self.others = others
 

@@ -38,6 +38,7 @@ from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.gradients import Gradients
 from composefit.lockstep.scatter import scatter
+from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import Stepper
 from composefit.loggers import Logger
 from composefit.module import LoopModule
@@ -454,10 +455,12 @@ class Recording(Strategy):
         self.calls.append(("add_up", len(lanes)))
         return self.strategy.add_up(lanes, parameters)
 
-    def optimizer_step(self, optimizer: Optimizer) -> None:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Tensor] | None = None
+    ) -> None:
         """As the other's."""
         self.calls.append(("optimizer_step", optimizer))
-        self.strategy.optimizer_step(optimizer)
+        self.strategy.optimizer_step(optimizer, closure)
 
     def describe(self, samples: int) -> str:
         """As the other's."""
@@ -580,8 +583,8 @@ class _Tracing(Trainer):
         driver = super().driver(module, body, stepper)
         check = driver.check
 
-        def noted(effect: Effect[Any]) -> None:
-            check(effect)
+        def noted(effect: Effect[Any], shard: Shard) -> None:
+            check(effect, shard)
             self.effects.append(effect)
 
         driver.check = noted  # type: ignore[method-assign]

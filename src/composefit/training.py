@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +86,6 @@ class Training:
 
     def _settle(self, one: NamedOptimizer) -> None:
         """The trainer's clipping, where an optimizer has none of its own."""
-        _refuse_closure(one)
         if one.gradient_clip_val is None:
             one.gradient_clip_val = self.trainer.gradient_clip_val
         if one.gradient_clip_val == math.inf:
@@ -213,9 +211,9 @@ class Training:
         if self._after_heard:
             self.trainer.call("on_after_optimizer_step", optimizer, name)
 
-    def _own_step(self, optimizer: Optimizer) -> None:
+    def _own_step(self, optimizer: Optimizer, closure: Callable[[], Tensor] | None = None) -> None:
         step = self.module.optimizer_step
-        closure = partial(getattr, self.stepper, "loss")
+        closure = closure or partial(getattr, self.stepper, "loss")
         step(self.trainer.current_epoch, self.batch_idx, optimizer, closure)
 
     # -- schedulers ----------------------------------------------------------------------------
@@ -266,19 +264,6 @@ def _rates(name: str, optimizer: Optimizer) -> dict[str, float]:
             label = group.get("name", f"pg{i}" if len(groups) > 1 else None)
             found[f"lr/{name}" if label is None else f"lr/{name}/{label}"] = float(group["lr"])
     return found
-
-
-def _refuse_closure(one: NamedOptimizer) -> None:
-    """Refuse an optimizer that evaluates the loss itself, such as `torch.optim.LBFGS`."""
-    step = one.optimizer.step
-    closure = inspect.signature(step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        kind = type(one.optimizer).__name__
-        raise TypeError(
-            f"optimizer {one.name!r} is {kind}, whose step(closure) evaluates the loss several "
-            "times, while a step of training evaluates it once: give configure_optimizers an "
-            "optimizer whose step() needs no closure, such as SGD or Adam"
-        )
 
 
 def _left_out(count: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from composefit.effects import Pull, ShardSize
-from composefit.lockstep import guards, messages
+from composefit.lockstep import gradients, guards, messages
 from composefit.lockstep.crossings import Crossing
 from composefit.lockstep.gradients import Gradients
 from composefit.lockstep.shard import Shard
@@ -54,23 +54,41 @@ class StepBarrier:
         """One loss of each shard, reduced, detached."""
         return self.lock.backward.reduce(losses)
 
-    def gradients(self, key: str) -> list[Tensor | None]:
-        """The gradients taken under `key`, over all shards."""
-        return self._total(key, kept=True)[1]
+    def gradients(self, key: str, whole: bool = True) -> list[Tensor | None]:
+        """The gradients taken under `key`, over all shards, unscaled."""
+        lock = self.lock
+        found = self._total(key, kept=True)[1]
+        if lock.stepper is not None:
+            lock.stepper.unscale(key, found)
+        return lock.lanes.whole_gradients(found) if whole else found
 
-    def update(self, losses: dict[str, list[Loss | Tensor]]) -> dict[str, Tensor]:
-        """Step the named optimizers with the gradients taken; the reduced losses."""
+    def update(
+        self,
+        losses: dict[str, list[Loss | Tensor]],
+        given: Mapping[str, Gradients] | None = None,
+        functions: Sequence[str] = (),
+    ) -> dict[str, Tensor]:
+        """Step the named optimizers with the gradients taken or given; the reduced losses."""
         lock = self.lock
         assert lock.stepper is not None
-        reduced = {name: lock.backward.reduce(column) for name, column in losses.items()}
-        totals = {name: self._total(name) for name in losses}
+        given = given or {}
+        reduced = {
+            name: lock.backward.reduce(column)
+            for name, column in losses.items()
+            if column[0] is not None
+        }
+        totals = {
+            name: self._given(name, given[name]) if name in given else self._total(name)
+            for name in losses
+        }
         for name, (_, found) in totals.items():
             for gradient in found:
                 if gradient is not None:
                     break
             else:
                 raise messages.no_path(name, lock.body.name)
-        if lock.stepper.update(totals, reduced, lock.number):
+        again = {name: partial(self._again, name) for name in functions}
+        if lock.stepper.update(totals, reduced, lock.number, again, given.keys()):
             place = lock.shards[0].place()
             for name, (parameters, _) in totals.items():
                 lock.stale.stepped.append(lock.lanes.leaves(parameters))
@@ -124,6 +142,26 @@ class StepBarrier:
             if first.index == 0 and not first.spare:
                 self.once.logs = first.context.logs  # it counts once: for the first shard
         return self.once
+
+    def _given(self, name: str, found: Gradients) -> tuple[list[Parameter], Gradients]:
+        """Gradients that the step has made, as our own: clipping writes to them."""
+        lanes, parameters = self.lock.lanes, self.lock.parameters(name)
+        own = lanes.own_gradients(found, parameters)
+        copies = [None if gradient is None else gradient.clone() for gradient in own]
+        return parameters, gradients.own(copies, parameters)
+
+    def _again(self, name: str) -> tuple[Tensor, Gradients]:
+        """Evaluate a loss that is a function anew, in all shards: the loss and its gradients."""
+        lock = self.lock
+        effects = [shard.effect for shard in lock.shards]
+        try:
+            lock.each(lambda shard: shard.evaluate_again(name))
+            found = lock.everybodys_effects()
+            reduced = lock.backward.reduce([effect.loss_of(name) for effect in found])
+            return reduced, self._total(name)[1]
+        finally:
+            for shard, effect in zip(lock.shards, effects, strict=True):
+                shard.effect = effect
 
     def _total(self, key: str, kept: bool = False) -> tuple[list[Parameter], Gradients]:
         backward = self.lock.backward

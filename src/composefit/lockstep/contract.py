@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -66,8 +67,21 @@ class Lanes(Protocol):
     def clip(self, parameters: list[Parameter], limit: float, algorithm: str | None) -> None:
         """Clip `.grad` of these parameters together."""
 
-    def optimizer_step(self, optimizer: Optimizer) -> None:
-        """Step an optimizer whose parameters have their total gradients."""
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Step an optimizer whose parameters have their total gradients.
+
+        `closure` gives its loss, and at each further call loss and gradients anew.
+        """
+
+    def whole_gradients(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Total gradients as whole tensors; all ranks must call it."""
+
+    def own_gradients(
+        self, gradients: list[Tensor | None], parameters: list[Parameter]
+    ) -> list[Tensor | None]:
+        """The part of whole gradients that this process steps with."""
 
     def stepped(self, parameters: list[Parameter]) -> None:
         """These parameters have changed."""
@@ -94,6 +108,10 @@ class Body:
     takes: int
     name: str
     training: bool
+
+    def yields(self, module: nn.Module) -> bool:
+        """Whether the step is a generator function."""
+        return inspect.isgeneratorfunction(inspect.unwrap(self.of(module)))
 
     @classmethod
     def method(cls, module: nn.Module, name: str, training: bool) -> Body:

@@ -13,7 +13,7 @@ step(batches):
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import accumulate
 from typing import Any
@@ -29,11 +29,13 @@ from composefit.lockstep.barrier import StepBarrier
 from composefit.lockstep.contract import Body, Lanes
 from composefit.lockstep.guards import Place
 from composefit.lockstep.ranked import Ranks
+from composefit.lockstep.rewinding import Function
 from composefit.lockstep.scatter import Part, batch_size, scatter
 from composefit.lockstep.shard import Shard
 from composefit.lockstep.stepper import Stepper
 from composefit.lockstep.streams import ONCE, SHARD, DefaultGenerators
 from composefit.logged import Context
+from composefit.losses import Loss
 from composefit.module import LoopModule, has_helpers
 from composefit.precision import Precision
 from composefit.random import (
@@ -48,7 +50,7 @@ from composefit.random import (
 from composefit.replicas import Replica, differing_buffer, merge
 from composefit.steps import ONLY, unknown_optimizer
 from composefit.tree import move
-from composefit.updates import Update
+from composefit.updates import Gradient, Update
 
 
 class Lockstep:
@@ -62,7 +64,14 @@ class Lockstep:
         stepper: steps optimizers; None where the body updates nothing.
         microbatch: no shard holds more samples than this.
         seed: of every random stream.
+
+    Attributes:
+        scatter: cuts a loader's batch: `scatter(module, batch, batch_idx, lanes, microbatch)`.
+        shard_class: of the shards.
+        reruns: a step that returns its loss may be run again by an optimizer that asks for it.
     """
+
+    shard_class = Shard
 
     def __init__(
         self,
@@ -80,6 +89,7 @@ class Lockstep:
         self.stepper = stepper
         self.precision = precision
         self.microbatch = microbatch
+        self.scatter: Callable[[nn.Module, Any, int, int, int | None], list[Part]] = scatter
         self.seed = seed
         self.device = lanes.device
         self.device_type = self.device.type
@@ -95,6 +105,7 @@ class Lockstep:
         self.ranks = None if world is None else Ranks(self, world)
         self.backward.ranks = self.ranks
         self.is_loop = isinstance(module, LoopModule)
+        self.reruns = stepper is not None and stepper.asks_again and not body.yields(module)
         self.has_helpers = has_helpers(module)
         self.number = 0
         self.dataloader_idx = 0
@@ -128,10 +139,10 @@ class Lockstep:
         context = Context(random)
         context.training = self.body.training
         if alone:
-            return Shard(self, index, self.owner, None, context, random, None)
+            return self.shard_class(self, index, self.owner, None, context, random, None)
         own = {"_context": context, "_replica": True} if self.is_loop else None
         replica = Replica(self.owner, own)
-        return Shard(self, index, replica.module, replica, context, random, Stream())
+        return self.shard_class(self, index, replica.module, replica, context, random, Stream())
 
     def seed_anew(self, seed: int) -> None:
         """Let random streams follow from another seed from now on."""
@@ -236,13 +247,25 @@ class Lockstep:
     def _combine_over(self, ranks: Ranks, effect: Effect[Any], alone: bool) -> list[Any]:
         """Combine with the shards of the other ranks; the results of those that are here."""
         if not alone:
-            ranks.meet([shard.effect for shard in self.shards if shard.effect is not None])
+            self._meet(ranks)
         elif self._foreign_means:
             messages.warn_of_foreign_mean(self._foreign_means[0], self.shards)
             self._foreign_means.clear()
         self._first = False
         results = effect.combine(self.barrier, ranks.effects())
         return [results[shard.index] for shard in self.shards]
+
+    def _meet(self, ranks: Ranks) -> None:
+        """Tell the other ranks what the shards here have yielded."""
+        ranks.meet([shard.effect for shard in self.shards if shard.effect is not None])
+
+    def everybodys_effects(self) -> list[Effect[Any]]:
+        """What all shards yielded, here and on other ranks, in sample order."""
+        if self.ranks is None:
+            return [shard.effect for shard in self.shards if shard.effect is not None]
+        if self.shards[0].meets is None:
+            self._meet(self.ranks)
+        return self.ranks.effects()
 
     def _begin(self, batches: Sequence[Any], batch_idx: int, number: int) -> None:
         if self.body.training and torch.is_inference_mode_enabled():
@@ -259,7 +282,7 @@ class Lockstep:
         for i, batch in enumerate(batches, start=batch_idx):
             try:
                 batch = move(batch, self.device, self.precision.dtype)
-                parts += scatter(self.owner, batch, i, self.lanes.lanes, self.microbatch)
+                parts += self.scatter(self.owner, batch, i, self.lanes.lanes, self.microbatch)
             except Exception as error:
                 messages.note(
                     error, f"step {number}, batch {i}, while it was moved and cut into shards"
@@ -526,13 +549,13 @@ class Lockstep:
         """Autocast, to be entered anew around each resume; None where there is none."""
         return self.precision.context(self.device, cache=len(self.shards) == 1)
 
-    def check(self, effect: Effect[Any]) -> None:
-        """Put the name of the one optimizer into a bare loss, and refuse unknown names."""
+    def check(self, effect: Effect[Any], shard: Shard) -> None:
+        """Make an update complete: names are those of optimizers, functions become losses."""
         if not isinstance(effect, Update):
+            if isinstance(effect, Gradient):
+                self._look_for_foreign_means(effect.losses)
             return
         losses = effect.losses
-        if self._first and (len(self.shards) > 1 or self.ranks is not None):
-            self._foreign_means.extend(guards.foreign_means(losses.values()))
         if self.stepper is None:
             raise TypeError(
                 f"{self.body.name} yields an update, but nothing is trained here: log the loss"
@@ -540,28 +563,56 @@ class Lockstep:
         optimizers = self.stepper.optimizers
         if ONLY in losses and len(optimizers) == 1:
             (name,) = optimizers
-            losses[name] = losses.pop(ONLY)
-            return
-        for name in losses:
-            if name not in optimizers:
-                raise unknown_optimizer(name, list(optimizers))
+            effect.rename(ONLY, name)
+        else:
+            for name in losses:
+                if name not in optimizers:
+                    raise unknown_optimizer(name, list(optimizers))
+        if effect.functions is not None or self.stepper.asks_again:
+            self._evaluate(effect, shard)
+        self._look_for_foreign_means(losses)
+
+    def _evaluate(self, effect: Update, shard: Shard) -> None:
+        """Losses that are functions, or may be asked for again: evaluate them for the first time.
+
+        Raises:
+            TypeError: an optimizer that asks for its loss several times got one that cannot be.
+        """
+        assert self.stepper is not None
+        found = shard.functions = {}
+        given = effect.functions or {}
+        for name in list(effect.losses):
+            if name in given:
+                found[name] = Function(shard, given[name])
+                effect.evaluate(name, found[name])
+            elif name in self.stepper.closures:
+                if shard.start is None or not shard.done or name in (effect.given or ()):
+                    raise messages.loss_must_be_a_function(name, self.stepper.optimizers[name])
+                found[name] = Function(shard, shard.once_more(), shard.start)
+                effect.functions = {name: found[name]}
+
+    def _look_for_foreign_means(self, losses: Mapping[str, Tensor | Loss | None]) -> None:
+        if self._first and (len(self.shards) > 1 or self.ranks is not None):
+            present = [loss for loss in losses.values() if loss is not None]
+            self._foreign_means.extend(guards.foreign_means(present))
 
     def parameters(self, name: str) -> list[Parameter]:
         """The trainable parameters of a named optimizer, read anew in each step."""
         found = self._lists.get(name)
         if found is None:
-            assert self.stepper is not None
-            found = self.stepper.optimizers[name].parameters()
+            optimizers = {} if self.stepper is None else self.stepper.optimizers
+            if name not in optimizers:
+                raise unknown_optimizer(name, list(optimizers))
+            found = optimizers[name].parameters()
             if len(self.shards) > 1 or self.ranks is not None:
                 guards.refuse_hooks(found, name)
             self._lists[name] = found
         return found
 
     def scale_of(self, key: str) -> Tensor | None:
-        """The loss scale of an optimizer, under float16."""
-        if self.stepper is None or key not in self.stepper.scales:
-            return None
-        return self.stepper.scales[key].value
+        """The loss scale of an optimizer, or of another key that gradients are taken under."""
+        scale = None if self.stepper is None else self.stepper.scale(key)
+        return None if scale is None else scale.value
 
 
 def _advance(shard: Shard) -> None:

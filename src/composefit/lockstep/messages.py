@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from composefit.lockstep.shard import Shard
+from composefit.optimizers import NamedOptimizer
 
 # -- errors ------------------------------------------------------------------------------------
 
@@ -124,3 +125,13 @@ def note(error: BaseException, text: str) -> None:
     """Add a note, where the exception takes one: a frozen one must still come out as itself."""
     with suppress(Exception):
         error.add_note(text)
+
+
+def loss_must_be_a_function(name: str, one: NamedOptimizer) -> TypeError:
+    """The error for an optimizer that asks for its loss, and got a number."""
+    kind = type(one.optimizer).__name__
+    return TypeError(
+        f"optimizer {name!r} is {kind}, whose step(closure) evaluates the loss several times, and "
+        f"the step yielded one that is evaluated already: yield a function, {{{name!r}: lambda: "
+        "loss_of(...)}, which computes it from the batch each time"
+    )

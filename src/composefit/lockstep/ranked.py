@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from composefit import tree
 from composefit.data.rows import Rows
 from composefit.effects import Effect
-from composefit.lockstep import messages
+from composefit.lockstep.ranked_state import LoneAttributes, Parts, RankedBuffers
 from composefit.lockstep.scatter import (
     Part,
     batch_size,
@@ -25,7 +25,6 @@ from composefit.losses import Loss
 from composefit.module import LoopModule
 from composefit.ranks import World
 from composefit.ranks.world import WORDS, Meeting, checksum
-from composefit.replicas import path_of, statistics_of
 from composefit.tree import move
 
 if TYPE_CHECKING:
@@ -52,6 +51,7 @@ class Ranks:
         own: the places in it of this rank's, spare ones at place 0.
         counts: how many each rank has.
         spare: this rank has no samples in this step.
+        alone: it has one shard, which runs on the module itself.
         reducer: adds up gradients.
     """
 
@@ -62,8 +62,11 @@ class Ranks:
         self.own: list[int] = []
         self.counts: list[int] = []
         self.spare = False
+        self.alone = False
         self.reducer = lock.lanes.reducer()
-        self.buffers = RankedBuffers(lock.owner, world)
+        self.parts = Parts(lock.owner)
+        self.buffers = RankedBuffers(self.parts, world)
+        self.attributes = LoneAttributes(self.parts)
         self._meeting: Meeting | None = None
         self._met: list[tuple[Any, ...]] = []
         self._shape: tuple[Any, ...] = ()
@@ -125,6 +128,10 @@ class Ranks:
         if not parts:
             self.own.append(0)
             parts = spares[:1]
+        self.alone = len(parts) == 1 and not self.spare
+        self.parts.look()
+        if self.alone:
+            self.attributes.begin()
         return parts
 
     def _sizes(self, rows: Sequence[Rows]) -> list[tuple[int, ...]]:
@@ -251,17 +258,46 @@ class Ranks:
             start += count
             yield part.view(rows, *like.shape[1:]) if like.dim() else part.view(())
 
+    @contextmanager
+    def at_barrier(self) -> Iterator[None]:
+        """Around what runs at a barrier, alike on every rank: hooks, optimizers, `Once`."""
+        if not self.alone:
+            yield
+            self.buffers.pass_over()
+            return
+        with self.attributes.aside():
+            yield
+        self.buffers.pass_over()
+
     # -- the end of a step ---------------------------------------------------------------------
 
     def end(self) -> None:
-        """Merge what the step did to normalisation statistics."""
-        if not self.buffers.differ:
+        """Merge what the step did to normalisation statistics, and drop what ends with it.
+
+        What was written since its last effect is compared with the next message.
+        """
+        buffers, world = self.buffers, self.world
+        if self.alone:
+            self.attributes.end()
+        if not self.spare:
+            buffers.look(self.lock.counted_replicas())
+        some_spare = 0 in self.counts
+        if not (buffers.differ or some_spare):
             return
         # Somebody may still be at an effect: that is found here, before data is sent.
-        self.world.agree(f"the end of step {self.lock.number}")
-        total = sum(shard.samples for shard in self.shards)
-        own = sum(shard.samples for shard in self.shards if shard.rank == self.world.rank)
-        self.buffers.end(own / total)
+        world.agree(f"the end of step {self.lock.number}")
+        if some_spare:
+            first = next(rank for rank, count in enumerate(self.counts) if count)
+            buffers.take_over(first, self.spare)
+        if buffers.differ:
+            total = sum(shard.samples for shard in self.shards)
+            own = sum(shard.samples for shard in self.shards if shard.rank == world.rank)
+            buffers.end(own / total)
+
+    def finish(self) -> None:
+        """After the last of several steps: compare what no message has asked for."""
+        rows = self.world.agree("the end of what ran step by step", self.buffers.written((), False))
+        self.buffers.compare([value for (value,) in rows])
 
     # -- gradients through barriers ------------------------------------------------------------
 
@@ -281,129 +317,6 @@ class Ranks:
         self.world.add_up_([*own, exists])
         for i, total, there in zip(wanted, own, exists.tolist(), strict=True):
             totals[i] = total if there else None
-
-
-class RankedBuffers:
-    """The buffers of a module that each rank has of its own: merged, or compared.
-
-    Args:
-        owner: the module.
-        world: the ranks.
-    """
-
-    def __init__(self, owner: nn.Module, world: World) -> None:
-        self.owner = owner
-        self.world = world
-        self._statistics: list[Tensor] = []
-        self._before: list[Tensor] = []
-        self._others: list[tuple[str, Tensor]] = []
-        self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._last: list[tuple[str, Tensor]] = []
-
-    @property
-    def differ(self) -> bool:
-        """Whether there are statistics that a step changes on each rank by itself."""
-        return bool(self._statistics)
-
-    def begin(self, training: bool) -> None:
-        """Before a step: remember the statistics that it may change."""
-        statistics: dict[int, Tensor] = {}
-        for part in self.owner.modules():
-            for name in statistics_of(part):
-                buffer = part._buffers.get(name)
-                if buffer is not None and (training or part.training):
-                    statistics.setdefault(id(buffer), buffer)
-        self._statistics = list(statistics.values())
-        self._before = [buffer.clone() for buffer in self._statistics]
-        self._others = [
-            (name, buffer)
-            for name, buffer in self.owner.named_buffers()
-            if id(buffer) not in statistics
-        ]
-        for _, buffer in self._others:
-            seen = self._versions.get(id(buffer))
-            if seen is None or seen[0] is not buffer:
-                self._versions[id(buffer)] = (buffer, _version(buffer))
-
-    def end(self, share: float) -> None:
-        """After a step: statistics become those before it plus the weighted mean of changes.
-
-        Args:
-            share: of this rank's samples in all.
-        """
-        with torch.no_grad():
-            changes = [
-                (now - before).to(_wide(now.dtype)) * share
-                for now, before in zip(self._statistics, self._before, strict=True)
-            ]
-            self.world.add_up_(changes)
-            for now, before, change in zip(self._statistics, self._before, changes, strict=True):
-                total = before.to(change.dtype) + change
-                now.copy_(total if now.is_floating_point() else total.round())
-        self._before = []
-
-    def written(self, replicas: Sequence[Any], spare: bool) -> float:
-        """A checksum of the other buffers that were written since the last one; 0 for none.
-
-        Those of the first replica where there are several: all of them are alike here. -1 from a
-        rank that has nothing to say.
-        """
-        found = self._writes(replicas)
-        if spare:
-            return -1.0
-        value = 0
-        for name, buffer in found:
-            value = _crc(buffer, value)
-            value = zlib.crc32(name.encode(), value) or 1
-        return float(value)
-
-    def _writes(self, replicas: Sequence[Any]) -> list[tuple[str, Tensor]]:
-        found: list[tuple[str, Tensor]] = []
-        for name, buffer in self._others:
-            version = _version(buffer)
-            if self._versions[id(buffer)][1] != version:
-                self._versions[id(buffer)] = (buffer, version)
-                found.append((name, buffer))
-        for replica in replicas[:1]:
-            for twin in replica.twins.values():
-                for name in twin.written():
-                    value = twin.buffers.get(name)
-                    if isinstance(value, Tensor):
-                        found.append((path_of(self.owner, twin.source, name), value))
-        self._last = found
-        return found
-
-    def compare(self, checksums: Sequence[float]) -> None:
-        """Refuse buffers that ranks wrote differently.
-
-        Raises:
-            RuntimeError: it names the first and says how to write it.
-        """
-        said = {value for value in checksums if value != -1.0}
-        if len(said) <= 1:
-            return
-        mine = {name: _crc(buffer) for name, buffer in self._last}
-        theirs = self.world.gather("the buffers that the step has written", mine)
-        speaking = [one for one, value in zip(theirs, checksums, strict=True) if value != -1.0]
-        names = dict.fromkeys(name for one in speaking for name in one)
-        for name in names:
-            values = [one.get(name) for one in speaking]
-            if any(value != values[0] for value in values):
-                ranks = [rank for rank, value in enumerate(checksums) if value != -1.0]
-                other = next(r for r, v in zip(ranks, values, strict=True) if v != values[0])
-                raise messages.differing_writes(name, f"ranks {ranks[0]} and {other} differ")
-
-
-def _crc(buffer: Tensor, before: int = 0) -> int:
-    return zlib.crc32(_bytes(buffer.detach()).cpu().numpy().tobytes(), before)
-
-
-def _version(buffer: Tensor) -> int:
-    return 0 if buffer.is_inference() else buffer._version
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float64
 
 
 # -- values in words ---------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from composefit import tree
-from composefit.data import LoaderBatches
+from composefit.data import LoaderBatches, LoaderList
+from composefit.data.loaders import apart, together
 from composefit.data.rows import Rows
 from composefit.module import LoopModule
 
@@ -39,8 +40,8 @@ def batch_size(module: nn.Module, batch: Any) -> int:
     """
     if isinstance(module, LoopModule) and counts_its_own_way(module):
         size = module.batch_size(batch)
-    elif isinstance(batch, LoaderBatches):
-        size = batch_size(module, next(iter(batch.values())))
+    elif isinstance(batch, LoaderBatches | LoaderList):
+        size = batch_size(module, next(own for _, own in apart(batch) if own is not None))
     else:
         size = tree.batch_size(batch, getattr(module, "batch_dim", 0))
     if not isinstance(size, int) or size < 1:
@@ -71,19 +72,15 @@ def scatter(
     sizes = [size for lane in by_lane for size in lane]
     if len(sizes) == 1:
         return [Part(0, batch, batch_idx, samples)]
-    own_way = type(module).scatter_batch if isinstance(module, LoopModule) else None
-    if isinstance(module, LoopModule) and own_way is not LoopModule.scatter_batch:
-        parts = list(module.scatter_batch(batch, len(sizes)))
-        sizes = [batch_size(module, part) for part in parts]
-        if sum(sizes) != samples:
-            raise ValueError(
-                f"scatter_batch(batch, n) must return parts that hold the batch's {samples} "
-                f"samples together, got parts of {sizes}"
-            )
-        lane_of = _lanes_of(len(parts), by_lane)
-    else:
-        parts = _cut(batch, sizes, getattr(module, "batch_dim", 0))
-        lane_of = [lane for lane, own in enumerate(by_lane) for _ in own]
+    parts, sizes = _parts(module, batch, samples, sizes)
+    if microbatch is not None and max(sizes) > microbatch:
+        raise ValueError(
+            f"no shard may hold more than microbatch_size={microbatch} samples, and "
+            f"scatter_batch(batch, n) returned parts of {sizes}: return all n parts, as even as "
+            "they can be"
+        )
+    # Parts that the module has cut itself may be fewer: as planned, as far as there are some.
+    lane_of = [lane for lane, own in enumerate(by_lane) for _ in own][: len(parts)]
     return [
         Part(lane, part, batch_idx, size)
         for lane, part, size in zip(lane_of, parts, sizes, strict=True)
@@ -96,42 +93,57 @@ def rows_of(module: nn.Module, batch: Any, rank: int, ranks: int) -> Rows:
     A rank without rows gets those of the first as a spare.
     """
     samples = batch_size(module, batch)
-    own_way = type(module).scatter_batch if isinstance(module, LoopModule) else None
-    if isinstance(module, LoopModule) and own_way is not LoopModule.scatter_batch:
-        parts = list(module.scatter_batch(batch, ranks))
-        sizes = [batch_size(module, part) for part in parts]
-    else:
-        sizes = tree.even_sizes(samples, ranks, getattr(module, "samples_per_group", 1))
-        parts = [batch] if len(sizes) == 1 else _cut(batch, sizes, getattr(module, "batch_dim", 0))
+    sizes = tree.even_sizes(samples, ranks, getattr(module, "samples_per_group", 1))
+    parts = [batch]
+    if len(sizes) > 1:
+        parts, sizes = _parts(module, batch, samples, sizes)
     of_ranks = (*sizes, *[0] * (ranks - len(sizes)))
     spare = rank >= len(parts)
     return Rows(parts[0 if spare else rank], of_ranks, spare)
 
 
-def _lanes_of(count: int, by_lane: list[list[int]]) -> list[int]:
-    """Lanes for parts that the module cut itself: as planned, as far as there are parts."""
-    planned = [lane for lane, own in enumerate(by_lane) for _ in own]
-    if count > len(planned):
+def _parts(
+    module: nn.Module, batch: Any, samples: int, sizes: list[int]
+) -> tuple[list[Any], list[int]]:
+    """A batch in parts of these sizes, or those that the module makes of it in as many parts."""
+    own_way = type(module).scatter_batch if isinstance(module, LoopModule) else None
+    if not isinstance(module, LoopModule) or own_way is LoopModule.scatter_batch:
+        return _cut(batch, sizes, getattr(module, "batch_dim", 0)), sizes
+    parts = list(module.scatter_batch(batch, len(sizes)))
+    if not 0 < len(parts) <= len(sizes):
         raise ValueError(
-            f"scatter_batch(batch, n) must return at most n = {len(planned)} parts, got {count}"
+            f"scatter_batch(batch, n) must return at most n = {len(sizes)} parts, got {len(parts)}"
         )
-    return planned[:count]
+    try:
+        found = [batch_size(module, part) for part in parts]
+    except (TypeError, ValueError) as error:
+        error.add_note(f"in one of the {len(parts)} parts that scatter_batch(batch, n) returned")
+        raise
+    if sum(found) != samples:
+        raise ValueError(
+            f"scatter_batch(batch, n) must return parts that hold the batch's {samples} "
+            f"samples together, got parts of {found}"
+        )
+    return parts, found
 
 
 def _cut(batch: Any, sizes: list[int], dim: int) -> list[Any]:
-    if not isinstance(batch, LoaderBatches):
+    if not isinstance(batch, LoaderBatches | LoaderList):
         return tree.cut(batch, sizes, dim)
     # Several loaders: each batch is cut by itself, into the same number of parts.
     cuts: dict[str, list[Any]] = {}
-    for i, (name, own) in enumerate(batch.items()):
+    for name, own in apart(batch):
+        if own is None:  # a loader that is at its end
+            continue
         found = tree.batch_size(own, dim)
-        own_sizes = sizes if i == 0 else tree.even_sizes(found, len(sizes))
+        own_sizes = tree.even_sizes(found, len(sizes)) if cuts else sizes
         if len(own_sizes) < len(sizes):
             raise ValueError(
                 f"the batch of loader {name!r} holds {found} samples and cannot be cut into "
-                f"{len(sizes)} shards: use a batch size of at least {len(sizes)} there"
+                f"{len(sizes)} shards: use a batch size of at least {len(sizes)} there, and "
+                "drop_last=True where the last batch is smaller"
             )
         cuts[name] = tree.cut(own, own_sizes, dim)
     return [
-        LoaderBatches({name: parts[i] for name, parts in cuts.items()}) for i in range(len(sizes))
+        together(batch, {name: parts[i] for name, parts in cuts.items()}) for i in range(len(sizes))
     ]

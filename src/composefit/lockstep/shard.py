@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from torch.nn import Parameter
 from composefit.effects import Effect
 from composefit.lockstep import guards
 from composefit.lockstep.guards import Place
+from composefit.lockstep.rewinding import Function, Rewinding
 from composefit.logged import Context
 from composefit.losses import Loss
 from composefit.random import SampleRandom
 from composefit.replicas import Replica
 from composefit.steps import Helper, as_effect, dropped_helper, watch_helpers
+from composefit.updates import Update
 
 if TYPE_CHECKING:
     from composefit.lockstep.driver import Lockstep
@@ -41,6 +44,8 @@ class Shard:
         spare: its samples are another rank's: it takes part, and counts for nothing. It sees what
             the first shard of all sees.
         meets: the ranks that are told of each effect at once, where it is the only shard here.
+        functions: the losses of the last update that can be evaluated again, if any.
+        start: where the whole step began, where it may be run again.
     """
 
     def __init__(
@@ -63,6 +68,8 @@ class Shard:
         self.random = random
         self.draws = draws
         self.lane = 0
+        self.functions: dict[str, Function] | None = None
+        self.start: Rewinding | None = None
         self.begin(0, None, 0, None, index)
 
     def begin(
@@ -123,14 +130,13 @@ class Shard:
                 if self.generator is not None:
                     value = self.generator.send(self.result)
                 else:
+                    if lock.reruns:
+                        self.start = Rewinding(self)
                     step = lock.body.of(self.module)
-                    takes = lock.body.takes
-                    if takes == 1:
+                    if lock.body.takes == 1:
                         value = step(self.batch)
-                    elif takes == 2:
-                        value = step(self.batch, self.batch_idx)
                     else:
-                        value = step(self.batch, self.batch_idx, lock.dataloader_idx)
+                        value = step(*self._arguments())
                     if type(value) is Helper:
                         value = iter(value)
                     if type(value) is GeneratorType:
@@ -177,12 +183,52 @@ class Shard:
             effect = self.effect = as_effect(value, returned)
             del value  # of a returned loss nothing but its gradient is to stay
             if effect is not None:
-                lock.check(effect)
+                lock.check(effect, self)
                 if self.meets is not None:
                     self.meets.meet([effect])
                 effect.visit(self)
         except Exception as error:
             self.blame(error)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """As many as the step declares."""
+        return (self.batch, self.batch_idx, self.lock.dataloader_idx)[: self.lock.body.takes]
+
+    def once_more(self) -> Callable[[], Any]:
+        """A function that runs a step which returns its loss again, and gives the loss."""
+
+        def loss() -> Any:
+            value = self.lock.body.of(self.module)(*self._arguments())
+            return value["loss"] if isinstance(value, dict) and "loss" in value else value
+
+        return loss
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Call a function as a part of the step: with its grad mode, autocast and streams."""
+        lock = self.lock
+        enabled = torch.is_grad_enabled()
+        with self.draws or nullcontext(), lock.autocast() or nullcontext():
+            torch._C._set_grad_enabled(lock.body.training)
+            try:
+                value = function()
+            finally:
+                torch._C._set_grad_enabled(enabled)
+        if isinstance(value, (GeneratorType, Helper)):
+            raise TypeError(
+                "a loss function yields, and nobody would see its effects: yield before the update "
+                "what the loss needs of other shards, and let the function return a loss"
+            )
+        return value
+
+    def evaluate_again(self, name: str) -> None:
+        """Take the gradients of a loss that is a function anew."""
+        assert self.functions is not None
+        function = self.functions[name]
+        effect = self.effect = Update({name: function.again()})
+        effect.functions = {name: function}  # it is asked again: what it shares must live
+        if self.meets is not None:
+            self.meets.meet([effect])
+        effect.visit(self)
 
     def blame(self, error: BaseException) -> None:
         """Raise an error with the user's yield in its traceback, by throwing it in there."""
@@ -200,7 +246,7 @@ class Shard:
         What they raise is kept in `error`: it must not hide the fault that ended the step.
         """
         self.effect = self.result = None
-        self.batch = None
+        self.batch = self.start = self.functions = None
         if self.generator is not None:
             generator, self.generator = self.generator, None
             torch._C._set_grad_enabled(self.lock.body.training)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection, Mapping
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from torch.optim import Optimizer
 from composefit.lockstep import gradients
 from composefit.lockstep.contract import Lanes
 from composefit.lockstep.gradients import Gradients
-from composefit.optimizers import NamedOptimizer
+from composefit.optimizers import NamedOptimizer, needs_closure
 from composefit.precision import LossScale, Precision
 
 OnNonfinite = Literal["raise", "skip", "ignore"]
+
+#: Evaluates a loss anew, over all shards: the loss and its gradients.
+Again: TypeAlias = Callable[[], tuple[Tensor, Gradients]]
 
 
 class Hooks(Protocol):
@@ -58,14 +61,16 @@ class Stepper:
         optimizers: by name.
         precision: whether losses are scaled.
         places: the strategy: where parameters are, and what is done with them there.
-        step: how an optimizer is stepped: `strategy.optimizer_step`, or the module's own way.
+        step: how an optimizer is stepped: `strategy.optimizer_step`, or the module's own way. It
+            is given a closure besides where the loss is a function.
         hooks: told before and after each.
         on_nonfinite: what to do with a NaN or infinite gradient: `"raise"` an error before
             anything steps, `"skip"` the update, or `"ignore"` it.
         clipped: clips in place of `clip`: given optimizer, limit and algorithm.
 
     Attributes:
-        loss: the reduced loss of the optimizer that steps.
+        loss: the reduced loss of the optimizer that steps; None where there is none.
+        closures: the optimizers that ask for their loss several times: `torch.optim.LBFGS`.
         updates: name -> how often it was updated.
         left_out: name -> how many of its updates were not finite and left out.
     """
@@ -76,13 +81,14 @@ class Stepper:
         optimizers: Mapping[str, NamedOptimizer],
         precision: Precision,
         places: Lanes,
-        step: Callable[[Optimizer], None],
+        step: Callable[..., None],
         hooks: Hooks | None = None,
         on_nonfinite: OnNonfinite = "raise",
         clipped: Callable[[Optimizer, float | None, str | None], None] | None = None,
     ) -> None:
         self.module = module
         self.optimizers = dict(optimizers)
+        self.closures = {n for n, one in optimizers.items() if needs_closure(one.optimizer)}
         self.places = places
         device = places.device
         self.scales: dict[str, LossScale] = {}
@@ -101,46 +107,90 @@ class Stepper:
         self.found = torch.zeros((), dtype=torch.float32, device=device)
         self.late: dict[str, LateCheck] = {}
 
+    @property
+    def asks_again(self) -> bool:
+        """Whether there is an optimizer that asks for its loss several times."""
+        return bool(self.closures)
+
+    def scale(self, key: str) -> LossScale | None:
+        """The loss scale of an optimizer, or of other gradients that a step asks for; if any."""
+        if not self.scales:
+            return None
+        found = self.scales.get(key)
+        if found is None:  # shards may come here at the same time: the first one's counts
+            found = self.scales.setdefault(key, LossScale(self.found.device))
+        return found
+
+    def unscale(self, key: str, found: Gradients) -> None:
+        """Divide gradients that are asked for by their loss scale, in place.
+
+        Where that was too large they are infinite, which an update made of them finds.
+        """
+        scale = self.scale(key)
+        if scale is None:
+            return
+        self._check(self._values(found), self.found, scale.inverse())
+        self.places.agree_found_(self.found)
+        scale.adapt(self.found)
+        self.found.zero_()
+
     def update(
         self,
         totals: dict[str, tuple[list[Parameter], Gradients]],
         losses: dict[str, Tensor],
         step: int,
+        again: Mapping[str, Again] | None = None,
+        given: Collection[str] = (),
     ) -> bool:
         """Step these optimizers with these gradients; False if the update was skipped.
 
+        Args:
+            totals: name -> its parameters and their gradients, times the loss scale.
+            losses: name -> the reduced loss, where there is one.
+            step: the number of the step, for messages.
+            again: name -> evaluates its loss anew, where that is a function.
+            given: the names whose gradients the step has made itself, without a loss scale.
+
         Raises:
             FloatingPointError: a loss or gradient is not finite, and `on_nonfinite="raise"`.
+            ValueError: a loss that is a function, with a loss scale.
         """
         if self.scales:
-            if not self._unscale(totals):
+            if again:
+                raise ValueError(
+                    f"the loss of {next(iter(again))!r} is a function, which its optimizer calls "
+                    "by itself, and precision='16-mixed' scales losses: use 'bf16-mixed' or '32'"
+                )
+            if not self._unscale(totals, given):
                 self.left_out.update(totals.keys())
                 return False
         elif self.on_nonfinite != "ignore" and not self._finite(totals, losses, step):
             self.left_out.update(totals.keys())
             return False
         for name, (parameters, found) in totals.items():
-            self.loss = losses[name]
-            self._apply(name, parameters, found)
+            self.loss = losses.get(name)
+            self._apply(name, parameters, found, again.get(name) if again else None, step)
         return True
 
-    def _apply(self, name: str, parameters: list[Parameter], found: Gradients) -> None:
+    def _apply(
+        self,
+        name: str,
+        parameters: list[Parameter],
+        found: Gradients,
+        again: Again | None,
+        step: int,
+    ) -> None:
         named = self.optimizers[name]
         optimizer = named.optimizer
         try:
-            for parameter, gradient in zip(parameters, found, strict=True):
-                parameter.grad = gradient
-                if parameter._post_accumulate_grad_hooks and gradient is not None:
-                    for hook in parameter._post_accumulate_grad_hooks.values():
-                        hook(parameter)
+            _set(parameters, found)
             self.hooks.before_optimizer_step(optimizer, name)
-            limit, algorithm = named.gradient_clip_val, named.gradient_clip_algorithm
-            if self.clipped is not None:
-                self.clipped(optimizer, limit, algorithm)
-            elif limit is not None:
-                self.places.clip(parameters, limit, algorithm)
+            self._clip(named, parameters)
             changed = [p for p in parameters if p.grad is not None]
-            self.step(optimizer)
+            if again is None:
+                self.step(optimizer)
+            else:
+                self._step_asking(named, parameters, again, step)
             # Fused optimizers change weights without a trace: a stale graph must raise.
             torch.autograd.graph.increment_version(changed)
             self.places.stepped(changed)
@@ -150,6 +200,64 @@ class Stepper:
                 parameter.grad = None
         self.updates[name] += 1
         self.hooks.after_optimizer_step(optimizer, name)
+
+    def _step_asking(
+        self, named: NamedOptimizer, parameters: list[Parameter], again: Again, step: int
+    ) -> None:
+        """Step an optimizer that may evaluate its loss again; after an error all is as before."""
+        before = [p.detach().clone() for p in parameters]
+        try:
+            self.step(named.optimizer, self._closure(named, parameters, again, step))
+        except BaseException as error:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+            self.places.stepped(parameters)
+            # What it had noted of this step is half done, and torch's L-BFGS would trip over it.
+            named.optimizer.state.clear()
+            kind = type(named.optimizer).__name__
+            error.add_note(
+                f"the weights of {named.name!r} are those before this update; {kind} has forgotten "
+                "its history"
+            )
+            raise
+
+    def _clip(self, named: NamedOptimizer, parameters: list[Parameter]) -> None:
+        limit, algorithm = named.gradient_clip_val, named.gradient_clip_algorithm
+        if self.clipped is not None:
+            self.clipped(named.optimizer, limit, algorithm)
+        elif limit is not None:
+            self.places.clip(parameters, limit, algorithm)
+
+    def _closure(
+        self, named: NamedOptimizer, parameters: list[Parameter], again: Again, step: int
+    ) -> Callable[[], Tensor]:
+        """What an optimizer calls: first for the loss that is there, then for new ones."""
+        name, first = named.name, self.loss
+        assert first is not None
+        waiting = [first]
+
+        def closure() -> Tensor:
+            if waiting:
+                return waiting.pop()
+            # What the optimizer has written since, other ranks' copies have not.
+            changed = [p for p in parameters if p.grad is not None]
+            torch.autograd.graph.increment_version(changed)
+            self.places.stepped(changed)
+            self.loss, found = again()
+            totals = {name: (parameters, found)}
+            if self.on_nonfinite == "raise" and not self._is_finite(totals, {name: self.loss}):
+                raise FloatingPointError(
+                    f"the loss of {name!r} in step {step} is not finite where "
+                    f"{type(named.optimizer).__name__} has evaluated it anew: {self.loss:.4g}. It "
+                    "has gone too far: lower its learning rate, or give it a line search "
+                    '(line_search_fn="strong_wolfe")'
+                )
+            _set(parameters, found)
+            self._clip(named, parameters)
+            return self.loss
+
+        return closure
 
     # -- finite? -------------------------------------------------------------------------------
 
@@ -162,13 +270,23 @@ class Stepper:
         if not self.on_cpu:
             return self._finite_late(totals, step)
         for name, (parameters, found) in totals.items():
-            self._check(self._values(found), self.found, self.one)
-            self.places.agree_found_(self.found)
-            if self.found.item() or not math.isfinite(losses[name].item()):
-                self.found.zero_()
+            if not self._is_finite({name: (parameters, found)}, losses):
                 if self.on_nonfinite == "skip":
                     return False
-                raise self._error(name, parameters, found, losses[name], step)
+                raise self._error(name, parameters, found, losses.get(name), step)
+        return True
+
+    def _is_finite(
+        self, totals: dict[str, tuple[list[Parameter], Gradients]], losses: dict[str, Tensor]
+    ) -> bool:
+        """Whether these gradients and losses are; waits for the device."""
+        for name, (_, found) in totals.items():
+            self._check(self._values(found), self.found, self.one)
+            self.places.agree_found_(self.found)
+            loss = losses.get(name)
+            if self.found.item() or not (loss is None or math.isfinite(loss.item())):
+                self.found.zero_()
+                return False
         return True
 
     def _values(self, found: Gradients) -> list[Tensor]:
@@ -210,7 +328,12 @@ class Stepper:
             late.raise_if_found(name, self.on_nonfinite)
 
     def _error(
-        self, name: str, parameters: list[Parameter], found: Gradients, loss: Tensor, step: int
+        self,
+        name: str,
+        parameters: list[Parameter],
+        found: Gradients,
+        loss: Tensor | None,
+        step: int,
     ) -> FloatingPointError:
         names = {id(p): n for n, p in self.module.named_parameters()}
         bad = [
@@ -223,26 +346,39 @@ class Stepper:
             share = f"{len(bad)} of {len(parameters)} parameters"
             first = f", first in the gradient of {bad[0]} ({share})"
         return FloatingPointError(
-            f"the update of {name!r} in step {step} is not finite: loss {loss.item():.4g}{first}. "
+            f"the update of {name!r} in step {step} is not finite: "
+            f"{'gradients given' if loss is None else f'loss {loss.item():.4g}'}{first}. "
             "No weight was changed. Lower the learning rate, clip (gradient_clip_val=...), look "
             'for log(0) or a division by zero; Trainer(on_nonfinite="skip") leaves such updates out'
         )
 
     # -- fp16 ----------------------------------------------------------------------------------
 
-    def _unscale(self, totals: dict[str, tuple[list[Parameter], Gradients]]) -> bool:
+    def _unscale(
+        self, totals: dict[str, tuple[list[Parameter], Gradients]], given: Collection[str]
+    ) -> bool:
         """Divide by the loss scales; where anything is infinite, skip all and lower the scales."""
         for name, (_, found) in totals.items():
             for i, gradient in enumerate(found):
                 if gradient is not None and gradient.is_sparse:
                     found[i] = gradient.coalesce()  # the values would be a copy's otherwise
-            self._check(self._values(found), self.found, self.scales[name].inverse())
+            inverse = self.one if name in given else self.scales[name].inverse()
+            self._check(self._values(found), self.found, inverse)
         self.places.agree_found_(self.found)
         finite = not self.found.item()
         for name in totals:
             self.scales[name].adapt(self.found)
         self.found.zero_()
         return finite
+
+
+def _set(parameters: list[Parameter], found: Gradients) -> None:
+    """Give parameters their total gradients."""
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+        if parameter._post_accumulate_grad_hooks and gradient is not None:
+            for hook in parameter._post_accumulate_grad_hooks.values():
+                hook(parameter)
 
 
 class LateCheck:

@@ -95,6 +95,17 @@ class SampleRandom:
         self._draws = 0
         self._shared_is_seeded = False
 
+    def state(self) -> tuple[int, Tensor | None]:
+        """Where the draws of this step have got to."""
+        return self._draws, self._shared.get_state() if self._shared_is_seeded else None
+
+    def rewind(self, state: tuple[int, Tensor | None]) -> None:
+        """Go back to where the step stood."""
+        self._draws, shared = state
+        self._shared_is_seeded = shared is not None
+        if shared is not None:
+            self._shared.set_state(shared)
+
     @property
     def shared(self) -> SharedRandom:
         """The generator that agrees on every shard; each step starts it from (seed, step).

@@ -29,7 +29,7 @@ from composefit.precision import Precision
 from composefit.ranks import World
 from composefit.ranks.reduction import GradientReducer, Reducer
 from composefit.strategies import stepping
-from composefit.updates import Gradient
+from composefit.updates import LossAndGradient
 
 LossFunction: TypeAlias = Callable[[Any, Any], "Tensor | Loss"]
 
@@ -85,9 +85,17 @@ class Strategy(ABC):
             gradients.add_(total, other, parameters)
         return total
 
-    def optimizer_step(self, optimizer: Optimizer) -> None:
-        """Step an optimizer whose parameters have their total gradients."""
-        stepping.step(optimizer)
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Step an optimizer whose parameters have their total gradients.
+
+        Args:
+            optimizer: is stepped.
+            closure: where the loss is a function: gives that loss, and at each further call loss
+                and gradients anew. The same on every rank.
+        """
+        stepping.step(optimizer, closure)
 
     # -- where parameters are not whole in this process: see `FullySharded` ---------------------
 
@@ -99,6 +107,14 @@ class Strategy(ABC):
         """What adds up gradients over the ranks; each driver has one."""
         assert self.world is not None
         return GradientReducer(self.world)
+
+    def whole_gradients(self, gradients: Gradients) -> Gradients:
+        """Total gradients as whole tensors, for the step's own code; all ranks must call it."""
+        return gradients
+
+    def own_gradients(self, gradients: Gradients, parameters: list[Parameter]) -> Gradients:
+        """The part of whole gradients that this process steps these parameters with."""
+        return gradients
 
     def local(self, gradients: list[Tensor]) -> list[Tensor]:
         """This process's part of total gradients, in the same memory."""
@@ -266,7 +282,7 @@ class _GradientJob:
         assert self.loss_fn is not None
         before = torch.get_rng_state()  # this shard's
         # No variable for the loss: it would keep its graph until the other shards have run.
-        self.found = yield Gradient(self.loss_fn(module, shard), self.parameters)
+        self.found = yield LossAndGradient(self.loss_fn(module, shard), self.parameters)
         self.drew = self.drew or not torch.equal(torch.get_rng_state(), before)
 
     def run(

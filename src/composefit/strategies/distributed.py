@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -221,9 +221,11 @@ class Distributed(Strategy):
         """Over the lanes of this rank; the driver adds up over the ranks."""
         return self.inner.add_up(lanes, parameters)
 
-    def optimizer_step(self, optimizer: Optimizer) -> None:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Tensor] | None = None
+    ) -> None:
         """On each rank alike."""
-        self.inner.optimizer_step(optimizer)
+        self.inner.optimizer_step(optimizer, closure)
 
     def describe(self, samples: int) -> str:
         """As `Strategy.describe`: `32 = 2 ranks x 16`."""

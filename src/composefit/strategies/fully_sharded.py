@@ -15,7 +15,7 @@ weights which that graph goes through: of the units that it reaches they stay un
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -31,7 +31,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from composefit.optimizers import clip
+from composefit.lockstep.gradients import Gradients
+from composefit.optimizers import clip, needs_closure
 from composefit.ranks.reduction import GradientReducer
 from composefit.ranks.world import World
 from composefit.strategies.distributed import Distributed
@@ -46,7 +47,7 @@ from composefit.strategies.sharding.internals import (
     settle,
 )
 from composefit.strategies.sharding.reduction import ShardedReducer
-from composefit.strategies.sharding.stepping import step_locally
+from composefit.strategies.sharding.stepping import step_locally, step_whole
 from composefit.strategies.sharding.undoing import Before
 from composefit.strategies.sharding.units import Policy, Units, check_policy, choose_units
 
@@ -262,6 +263,17 @@ class FullySharded(Distributed):
             return whole
         return ShardedReducer(self.world, self._by_leaf, self._sums, whole)
 
+    def whole_gradients(self, gradients: Gradients) -> Gradients:
+        """With all rows, on every rank; all ranks must call it."""
+        return [state.everybodys(gradient) for gradient in gradients]
+
+    def own_gradients(self, gradients: Gradients, parameters: list[Parameter]) -> Gradients:
+        """This rank's rows, where the parameter is sharded."""
+        return [
+            None if gradient is None else state.cut_like(gradient, parameter)
+            for gradient, parameter in zip(gradients, parameters, strict=True)
+        ]
+
     def local(self, gradients: Iterable[Tensor]) -> list[Tensor]:
         """This rank's rows of sharded gradients, in the same memory; others as they are."""
         return [norms.local(gradient) for gradient in gradients]
@@ -288,9 +300,13 @@ class FullySharded(Distributed):
 
     # -- updates -------------------------------------------------------------------------------
 
-    def optimizer_step(self, optimizer: Optimizer) -> None:
-        """Each rank its rows."""
-        if not step_locally(optimizer):
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Each rank its rows; an optimizer that asks for its loss anew gets whole parameters."""
+        if closure is not None:
+            step_whole(optimizer, closure)
+        elif not step_locally(optimizer):
             super().optimizer_step(optimizer)
 
     def stepped(self, parameters: Sequence[Parameter]) -> None:
@@ -370,6 +386,8 @@ class FullySharded(Distributed):
 
     def load_optimizer(self, optimizer: Optimizer, kept: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's whole state as its `load_state_dict` takes it."""
+        if needs_closure(optimizer):  # it is stepped with whole parameters
+            return kept
         return state.for_optimizer(optimizer, kept)
 
 

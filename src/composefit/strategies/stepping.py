@@ -15,15 +15,17 @@ _torch_is_known = (
 )
 
 
-def step(optimizer: Optimizer) -> None:
-    """As `optimizer.step()`.
+def step(optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> None:
+    """As `optimizer.step(closure)`.
 
     torch wraps every step in a profiler's mark and a walk over hooks, some 20 us, which is a tenth
     of a tiny model's whole step. Where no profiler runs and nobody has a hook they change nothing,
     and the step itself is called.
     """
     bare = bare_step(optimizer)
-    if bare is None:
+    if closure is not None:
+        optimizer.step(closure)
+    elif bare is None:
         optimizer.step()
     else:
         bare(optimizer)

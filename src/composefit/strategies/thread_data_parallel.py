@@ -163,15 +163,18 @@ class ThreadDataParallel(Strategy):
                 gradients.add_(total, other, parameters)
         return total
 
-    def optimizer_step(self, optimizer: Optimizer) -> None:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Tensor] | None = None
+    ) -> None:
         """As `Strategy.optimizer_step`; large elementwise optimizers by all workers."""
-        if self.lanes > 1 and self._workers and SplitOptimizer.suits(optimizer):
+        many = self.lanes > 1 and self._workers and closure is None
+        if many and SplitOptimizer.suits(optimizer):
             split = self._split.get(optimizer)
             if split is None:
                 split = self._split[optimizer] = SplitOptimizer(optimizer, self.lanes)
             if split.step(self.run):
                 return
-        super().optimizer_step(optimizer)
+        super().optimizer_step(optimizer, closure)
 
     def describe(self, samples: int) -> str:
         """As `Strategy.describe`."""

@@ -5,6 +5,7 @@ from tests.laws.recipes import (
     adversarial,
     contrastive,
     distillation,
+    gradients,
     language,
     layers,
     supervised,
@@ -17,4 +18,5 @@ RECIPES: dict[str, Recipe] = {
     **contrastive.RECIPES,
     **distillation.RECIPES,
     **layers.RECIPES,
+    **gradients.RECIPES,
 }

@@ -63,6 +63,11 @@ def whole(tensor: Tensor, keep: bool, device: torch.device) -> Tensor:
         return full.to(device) if keep else full.new_empty(0)
 
 
+def everybodys(tensor: Tensor | None) -> Tensor | None:
+    """All of a sharded tensor, on every rank and in its place; another one as it is."""
+    return whole(tensor, True, tensor.device) if isinstance(tensor, DTensor) else tensor
+
+
 def cut_like(value: Tensor, like: Tensor) -> Tensor:
     """This rank's rows of a whole tensor, if `like` is sharded; nothing is sent."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):

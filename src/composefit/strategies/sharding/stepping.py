@@ -9,13 +9,16 @@ which some are sharded and some are not.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from composefit.strategies.sharding import state
 from composefit.strategies.sharding.internals import of_rows
 from composefit.strategies.sharding.norms import local
 from composefit.strategies.splitting import ELEMENTWISE as ELEMENTWISE
@@ -61,6 +64,66 @@ def step_locally(optimizer: Optimizer) -> bool:
             _take_over(optimizer.state[parameter], found, parameter, part)
     optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it
     return True
+
+
+def step_whole(optimizer: Optimizer, closure: Callable[[], Tensor]) -> None:
+    """As `optimizer.step(closure)`, on whole parameters, by every rank alike.
+
+    An optimizer that asks for its loss anew (L-BFGS) makes one vector of all its parameters, and
+    takes products of such vectors: rows of them alone would not do. While it steps, it sees whole
+    copies; where it asks, their rows become the parameters'.
+
+    Args:
+        optimizer: its parameters have their total gradients.
+        closure: evaluates the loss; sets new gradients at each call but the first.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for group in optimizer.param_groups:
+        parameters = group["params"]
+        copies = [_whole_copy(parameter) for parameter in parameters]
+        pairs += [
+            (parameter, copy)
+            for parameter, copy in zip(parameters, copies, strict=True)
+            if copy is not parameter
+        ]
+        parameters[:] = copies  # in place: L-BFGS holds this list
+    _move_state(optimizer, pairs)
+
+    def write_back() -> None:
+        with torch.no_grad():
+            for parameter, copy in pairs:
+                local(parameter).copy_(local(state.cut_like(copy, parameter)))
+
+    def whole_closure() -> Tensor:
+        write_back()
+        loss = closure()
+        for parameter, copy in pairs:
+            copy.grad = state.everybodys(parameter.grad)
+        return loss
+
+    try:
+        optimizer.step(whole_closure)  # type: ignore[arg-type]  # a tensor, as torch's own do
+    finally:
+        write_back()
+        back = {id(copy): parameter for parameter, copy in pairs}
+        for group in optimizer.param_groups:
+            group["params"][:] = [back.get(id(p), p) for p in group["params"]]
+        _move_state(optimizer, [(copy, parameter) for parameter, copy in pairs])
+
+
+def _whole_copy(parameter: Tensor) -> Tensor:
+    """A parameter with all rows and its whole gradient; one that is whole as it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    copy = Parameter(state.whole(parameter, True, parameter.device), parameter.requires_grad)
+    copy.grad = state.everybodys(parameter.grad)
+    return copy
+
+
+def _move_state(optimizer: Optimizer, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for old, new in pairs:
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
 
 
 def _take_over(
