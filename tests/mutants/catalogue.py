@@ -14,6 +14,7 @@ The rules are those of the driver, by number:
 10. what a step does wrong raises; every shard is closed
 11. parameter hooks, and parameters read anew
 12. the state after a fault
+13. gradients as values, and losses as functions
 """
 
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Mutant:
 
 LOCKSTEP = "lockstep/test_"
 THREADS = "strategies/test_thread_data_parallel.py::test_"
+GRADIENTS = "language/test_gradients.py"
+FUNCTIONS = "language/test_functions.py"
 
 MUTANTS = (
     # -- 1 -------------------------------------------------------------------------------------
@@ -96,8 +99,9 @@ MUTANTS = (
         2,
         "a step moves its parameters' version counters",
         "lockstep/stepper.py",
-        "            torch.autograd.graph.increment_version(changed)",
-        "            pass",
+        "            torch.autograd.graph.increment_version(changed)\n"
+        "            self.places.stepped(changed)\n            self.hooks",
+        "            self.places.stepped(changed)\n            self.hooks",
         (f"{LOCKSTEP}stepper.py::test_a_loss_older_than_an_update_of_its_weights_names_the_yield",),
     ),
     Mutant(
@@ -121,9 +125,9 @@ MUTANTS = (
         3,
         "every gradient is checked before any optimizer steps",
         "lockstep/stepper.py",
-        "                raise self._error(name, parameters, found, losses[name], step)\n",
-        "                raise self._error(name, parameters, found, losses[name], step)\n"
-        "            self._apply(name, parameters, found)\n",
+        "                raise self._error(name, parameters, found, losses.get(name), step)\n",
+        "                raise self._error(name, parameters, found, losses.get(name), step)\n"
+        "            self._apply(name, parameters, found, None, step)\n",
         (f"{LOCKSTEP}stepper.py::test_simultaneous_updates_all_wait_for_the_check",),
     ),
     Mutant(
@@ -138,8 +142,8 @@ MUTANTS = (
         3,
         "gradients are unscaled before they are clipped",
         "lockstep/stepper.py",
-        "self._check(self._values(found), self.found, self.scales[name].inverse())",
-        "self._check(self._values(found), self.found, self.one)",
+        "inverse = self.one if name in given else self.scales[name].inverse()",
+        "inverse = self.one",
         (
             f"{LOCKSTEP}stepper.py::test_float16_is_torchs_grad_scaler_and_autocast",
             f"{LOCKSTEP}stepper.py::test_a_hook_sees_unscaled_gradients_not_yet_clipped",
@@ -149,8 +153,8 @@ MUTANTS = (
         3,
         "each optimizer is clipped",
         "lockstep/stepper.py",
-        "            elif limit is not None:\n",
-        "            elif False:\n",
+        "        elif limit is not None:\n",
+        "        elif False:\n",
         (f"{LOCKSTEP}stepper.py::test_each_optimizer_is_clipped_by_its_own_rule",),
     ),
     Mutant(
@@ -430,8 +434,8 @@ MUTANTS = (
         11,
         "post-accumulate hooks run, on the total",
         "lockstep/stepper.py",
-        "                        hook(parameter)",
-        "                        pass",
+        "                hook(parameter)\n",
+        "                pass\n",
         (f"{LOCKSTEP}stepper.py::test_post_accumulate_hooks_run_once_on_the_total",),
     ),
     Mutant(
@@ -466,5 +470,97 @@ MUTANTS = (
         "updates done before it: {done}",
         "updates done",
         (f"{LOCKSTEP}shard.py::test_the_state_after_a_fault_is_that_of_the_last_completed",),
+    ),
+    # -- 13 ------------------------------------------------------------------------------------
+    Mutant(
+        13,
+        "what a shard writes into its gradients no other sees",
+        "updates.py",
+        "None if g is None else g.clone() for g in own",
+        "g for g in own",
+        (f"{GRADIENTS}::test_what_one_shard_writes_into_its_gradients_no_other_sees",),
+    ),
+    Mutant(
+        13,
+        "given gradients are copied before they are clipped",
+        "lockstep/barrier.py",
+        "gradient.clone() for gradient in own",
+        "gradient.detach() for gradient in own",
+        (f"{GRADIENTS}::test_given_gradients_step_the_optimizer_and_stay_what_they_are",),
+    ),
+    Mutant(
+        13,
+        "given gradients that differ between shards are refused",
+        "updates.py",
+        "                _refuse_difference(name, same)\n",
+        "",
+        (f"{GRADIENTS}::test_gradients_that_differ_between_shards_are_an_error",),
+    ),
+    Mutant(
+        13,
+        "given gradients have no loss scale",
+        "lockstep/stepper.py",
+        "self.one if name in given else self.scales[name].inverse()",
+        "self.scales[name].inverse()",
+        (f"{GRADIENTS}::test_given_gradients_are_not_divided_by_the_loss_scale",),
+    ),
+    Mutant(
+        13,
+        "gradients that are asked for come unscaled",
+        "lockstep/barrier.py",
+        "            lock.stepper.unscale(key, found)\n",
+        "            pass\n",
+        (f"{GRADIENTS}::test_gradients_come_unscaled_under_float16",),
+    ),
+    Mutant(
+        13,
+        "a shard's stream is rewound before each evaluation",
+        "lockstep/rewinding.py",
+        "                generator.set_state(state)\n",
+        "                pass\n",
+        (f"{FUNCTIONS}::test_every_evaluation_draws_the_same",),
+    ),
+    Mutant(
+        13,
+        "so is self.random",
+        "lockstep/rewinding.py",
+        "        self.shard.random.rewind(self._random)\n",
+        "",
+        (f"{FUNCTIONS}::test_every_evaluation_draws_the_same",),
+    ),
+    Mutant(
+        13,
+        "buffers are put back before each evaluation",
+        "lockstep/rewinding.py",
+        "                    buffer.copy_(value)\n",
+        "",
+        (f"{FUNCTIONS}::test_buffers_move_once_however_often_the_loss_is_evaluated",),
+    ),
+    Mutant(
+        13,
+        "rebound ones too",
+        "lockstep/rewinding.py",
+        "            own.update(self.kept)\n",
+        "            pass\n",
+        (f"{FUNCTIONS}::test_buffers_move_once_however_often_the_loss_is_evaluated",),
+    ),
+    Mutant(
+        13,
+        "every evaluation is clipped",
+        "lockstep/stepper.py",
+        "            _set(parameters, found)\n            self._clip(named, parameters)\n"
+        "            return self.loss",
+        "            _set(parameters, found)\n            return self.loss",
+        (f"{FUNCTIONS}::test_every_evaluation_is_clipped_and_hooks_run_once",),
+    ),
+    Mutant(
+        13,
+        "weights go back where a later evaluation fails",
+        "lockstep/stepper.py",
+        "                    parameter.copy_(value)\n",
+        "                    pass\n",
+        (
+            f"{FUNCTIONS}::test_what_a_later_evaluation_raises_is_the_users_own_and_training_goes_on",
+        ),
     ),
 )

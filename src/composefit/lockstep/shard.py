@@ -133,10 +133,8 @@ class Shard:
                     if lock.reruns:
                         self.start = Rewinding(self)
                     step = lock.body.of(self.module)
-                    if lock.body.takes == 1:
-                        value = step(self.batch)
-                    else:
-                        value = step(*self._arguments())
+                    takes_batch_alone = lock.body.takes == 1
+                    value = step(self.batch) if takes_batch_alone else step(*self._arguments())
                     if type(value) is Helper:
                         value = iter(value)
                     if type(value) is GeneratorType:
