@@ -86,3 +86,11 @@ def test_downstream_project_type_checks_with_the_wheel(python: Path, tmp_path: P
 
 def test_command_line_is_installed_with_the_wheel(python: Path, tmp_path: Path) -> None:
     assert "demo" in run(python.parent / "composefit", "--help", cwd=tmp_path)
+
+
+def test_importing_the_package_imports_nothing_that_is_slow() -> None:
+    """torchmetrics brings SciPy and more along, and takes longer than torch itself."""
+    slow = {"torchmetrics", "scipy", "matplotlib", "transformers", "pandas", "sklearn", "wandb"}
+    code = f"import sys, composefit; print(*({slow!r} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []

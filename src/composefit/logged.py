@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
 
 from composefit.images import Image
 from composefit.losses import Loss, Term, describe
+from composefit.metric_types import Metric, MetricCollection
 from composefit.random import SampleRandom
 
 #: How several values become one: by name, or a function of a 1-dim tensor of them.

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from composefit import checkpoint, saved
 from composefit.hyperparameters import Hyperparameters, build, collect
 from composefit.images import Image
 from composefit.logged import Context, Logged, log_options, not_loggable, one_term, samples_of
 from composefit.losses import Loss
+from composefit.metric_types import Metric
 from composefit.module_hooks import ModuleHooks
 from composefit.random import SampleRandom
 from composefit.steps import helper

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import nn
-from torchmetrics import Metric
 
 from composefit.images import Image
 from composefit.logged import Context, Logged, LogOptions
@@ -14,6 +13,7 @@ from composefit.logs import exchange
 from composefit.logs.exchange import Entry, options_of, plain_options
 from composefit.logs.values import MetricValue, Number, Remembered, Running, StepValue, Value, reset
 from composefit.losses import Loss
+from composefit.metric_types import Metric
 from composefit.ranks import World
 from composefit.replicas import RankMetrics
 

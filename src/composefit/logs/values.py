@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from composefit.logged import Reduce
 from composefit.logs.sums import Plain, Sums, exactly, once, reduced, together
 from composefit.losses import SUMMED, Loss, describe
+from composefit.metric_types import Metric
 
 
 class StepValue(Protocol):

@@ -5,37 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.utilities.data import (
-    dim_zero_cat,
-    dim_zero_max,
-    dim_zero_mean,
-    dim_zero_min,
-    dim_zero_sum,
-)
 
+from composefit.metric_types import Metric, MetricCollection
 from composefit.ranks import World
 from composefit.replicas.buffers import MISSING, same
 from composefit.replicas.naming import path_of
 from composefit.replicas.twin import STANDARD, Twin
 
 
-class _Bare(Metric):
-    """A metric without a state: its attributes are torchmetrics' own book-keeping."""
+@cache
+def _bookkeeping() -> frozenset[str]:
+    """Torchmetrics' own attributes: those of a metric without a state."""
+    from torchmetrics import Metric
 
-    def update(self) -> None:
-        """Does nothing."""
+    class Bare(Metric):
+        def update(self) -> None:
+            pass
 
-    def compute(self) -> None:
-        """Does nothing."""
+        def compute(self) -> None:
+            pass
 
-
-_BOOKKEEPING = frozenset(vars(_Bare()))
+    return frozenset(vars(Bare()))
 
 
 def start_metric(twin: Twin) -> None:
@@ -89,7 +84,7 @@ def _empty(metric: Metric) -> dict[str, Any]:
 def _updated(state: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
     """Whether a metric was updated; wrappers of metrics do not count their updates."""
     return bool(state["_update_count"]) or any(
-        value is not baseline.get(name) and name not in _BOOKKEEPING
+        value is not baseline.get(name) and name not in _bookkeeping()
         for name, value in state.items()
     )
 
@@ -115,17 +110,20 @@ def _merged(
                 raise refuse(f"update() changes {name!r}, which is no state")
             merged[name] = value
     counts = [state["_update_count"] for state in states]
+    from torchmetrics.utilities import data
+
+    by_stack = (data.dim_zero_max, data.dim_zero_min)
     for name, reduction in metric._reductions.items():
         values = [state[name] for state in states]
-        if isinstance(values[0], list) and reduction in (dim_zero_cat, None):
+        if isinstance(values[0], list) and reduction in (data.dim_zero_cat, None):
             merged[name] = [item for value in values for item in value]
-        elif reduction is dim_zero_cat:
+        elif reduction is data.dim_zero_cat:
             merged[name] = torch.cat(values)
-        elif reduction is dim_zero_sum:
+        elif reduction is data.dim_zero_sum:
             merged[name] = sum(values[1:], start=values[0])
-        elif reduction in (dim_zero_max, dim_zero_min):
+        elif reduction in by_stack:
             merged[name] = reduction(torch.stack(values))
-        elif reduction is dim_zero_mean:  # a mean over updates, as torchmetrics has it
+        elif reduction is data.dim_zero_mean:  # a mean over updates, as torchmetrics has it
             weighted = [value * count for value, count in zip(values, counts, strict=True)]
             merged[name] = sum(weighted[1:], start=weighted[0]) / sum(counts)
         else:
@@ -142,7 +140,7 @@ def _settled(
     """Attributes that the first update settles, such as a task, and that are no running state."""
     settled: dict[str, Any] = {}
     for name, value in state.items():
-        if name in _BOOKKEEPING or name in metric._reductions:
+        if name in _bookkeeping() or name in metric._reductions:
             continue
         before = baseline.get(name, MISSING)
         if value is before or _equal(value, before):

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torchmetrics import Metric, MetricCollection
 
+from composefit.metric_types import Metric, MetricCollection
 from composefit.replicas.buffers import MISSING, Buffer
 from composefit.replicas.rebinding import Rebinding
 
