@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from composefit import tree
-from composefit.data import Batches
+from composefit.data import Batches, Rows
 from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
 from composefit.lockstep.shard import Shard
 from composefit.logs import Logs
+from composefit.metric_types import Metric
 from composefit.module import LoopModule
 from composefit.ranks import World
 from composefit.replicas import RankMetrics
@@ -142,7 +143,7 @@ class Evaluation:
         if (batch_idx + 1) % trainer.log_every_n_steps == 0 and not self.sanity_checking:
             self._exchange()
             trainer.write(self.logs.take_steps())
-        return self._joined(shards, driver.device)
+        return self._joined(shards, driver.device, batch)
 
     def _exchange(self, whole: bool = False) -> None:
         """Let all ranks know what all have logged; with `whole`, all that metrics have counted."""
@@ -150,7 +151,7 @@ class Evaluation:
         if world is not None:
             self.logs.exchange(world, self._metrics, whole)
 
-    def _joined(self, shards: Sequence[Shard], device: torch.device) -> Any:
+    def _joined(self, shards: Sequence[Shard], device: torch.device, batch: Any) -> Any:
         """What the step returned, of all shards and ranks, in the order of the samples."""
         world = self._ranks
         outputs = [shard.output for shard in shards]
@@ -166,7 +167,12 @@ class Evaluation:
             outputs = [output for own, _ in everyone for output in own]
             samples = [count for _, own in everyone for count in own]
         self.batch_samples = sum(samples)
-        joined = _join(outputs, samples)
+        dim = getattr(self.trainer.module, "batch_dim", 0)
+        whole = batch.batch if isinstance(batch, Rows) else batch
+        leading = {tuple(one.shape[:dim]) for one in tree.tensors(whole)} if dim else set()
+        joined = _join(
+            outputs, samples, partial(tree.join, dim=dim, sizes=samples, leading=leading)
+        )
         return joined if world is None else tree.move(joined, device)
 
     def batches(self, batches: Batches) -> Iterator[Any]:
@@ -245,12 +251,12 @@ def _travelling(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _join(parts: list[Any], samples: list[int]) -> Any:
+def _join(parts: list[Any], samples: list[int], join: Callable[[list[Any]], Any]) -> Any:
     """Join outputs, of which a number is a mean over the part's samples, as a plain loss is.
 
     That is a float, or a 0-dim floating tensor, returned by itself or as a value of a dict: it
     becomes the mean over all samples, as it is where the batch is a single part. Everything else
-    is joined by `tree.join`.
+    is joined by `join`.
     """
     first = parts[0]
     if all(type(part) is float for part in parts):
@@ -259,8 +265,8 @@ def _join(parts: list[Any], samples: list[int]) -> Any:
         mean = _mean([part.double() for part in parts], samples)
         return mean.to(first.dtype)
     if all(type(part) is dict and part.keys() == first.keys() for part in parts):
-        return {key: _join([part[key] for part in parts], samples) for key in first}
-    return tree.join(parts)
+        return {key: _join([part[key] for part in parts], samples, join) for key in first}
+    return join(parts)
 
 
 def _is_number(value: Any) -> bool:

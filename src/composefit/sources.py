@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-from torch.utils.data import DataLoader
-
+from composefit.data.loaders import one_after_another
 from composefit.datamodule import DataModule
 from composefit.module import LoopModule
 
@@ -78,12 +76,7 @@ class Sources:
 
     def loaders(self, stage: str) -> list[Any]:
         """Each loader of an evaluation, which run one after another."""
-        found = self.loader(stage)
-        if isinstance(found, Mapping):
-            return list(found.values())
-        if isinstance(found, list | tuple) and found and all(map(_is_loader, found)):
-            return list(found)
-        return [found]
+        return one_after_another(self.loader(stage))
 
     def _method(self, stage: str) -> Any:
         name = f"{stage}_dataloader"
@@ -104,11 +97,3 @@ def _refuse_transfers(datamodule: DataModule) -> None:
                 f"{type(datamodule).__name__}.{name} is no hook that is called: do it in the "
                 "data loader, or in the step"
             )
-
-
-def _is_loader(value: object) -> bool:
-    """Whether an item of a list is a loader, not a batch."""
-    if isinstance(value, DataLoader):
-        return True
-    batch = isinstance(value, Tensor | list | tuple | Mapping | str | bytes)
-    return not batch and isinstance(value, Iterable) and not hasattr(value, "__array__")

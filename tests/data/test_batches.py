@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from composefit.data import Batches, LoaderBatches, Loaders
+from composefit.data import Batches, CombinedLoader, LoaderBatches
+from tests.data.grid import BATCHES, Loaded, same
 
 
 class Stream(IterableDataset[int]):
@@ -99,8 +100,15 @@ def test_several_loaders_give_a_dict_and_end_with_the_shortest() -> None:
 
 def test_several_loaders_know_their_length_where_one_does() -> None:
     stream = DataLoader(Stream(), batch_size=None)
-    assert len(Loaders({"a": [1, 2, 3], "b": [1, 2]})) == 2
-    assert len(Loaders({"a": stream, "b": [1, 2]})) == 2
+    assert len(CombinedLoader({"a": [1, 2, 3], "b": [1, 2]})) == 2
+    assert len(CombinedLoader({"a": stream, "b": [1, 2]})) == 2
     assert Batches({"a": stream, "b": Fetched(2)}, "train").number == math.inf
     with pytest.raises(ValueError, match="at least one"):
         Batches({}, "train")
+
+
+def test_a_loader_with_a_state_that_a_limit_stops_at_its_end_begins_anew() -> None:
+    limited = Batches(Loaded(), "train", BATCHES, epochs=2)
+    free = Batches(Loaded(), "train", epochs=2)
+    for _ in range(2):
+        assert same(list(limited.epoch()), list(free.epoch()))

@@ -95,6 +95,11 @@ def test_threads_without_a_number_are_the_cores_there_are(devices: Any) -> None:
         (("auto", "cpu", "two"), ValueError, "got 'two'"),
         (("auto", "cpu", []), ValueError, "a number from 1, or a list"),
         (
+            ("single", "auto", 3),
+            ValueError,
+            r"'single' is one device, got devices=3|one \w+ device can be used",
+        ),
+        (
             ("single", "cpu", 2),
             ValueError,
             "'single' is one device, got devices=2: write 'threads'",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from composefit.tree import batch_size, cut, join
+from composefit.tree import Samples, batch_size, cut, join
 from tests.tree.values import CPU, Encoding, Frozen, Graph, Record, marked_batch, tensors_in
 
 
@@ -293,3 +293,15 @@ def test_tensor_that_has_no_slices_names_what_to_override(make: Callable[[], Ten
 def test_sizes_must_add_up(sizes: list[int]) -> None:
     with pytest.raises(ValueError, match="3 samples, got"):
         cut(torch.zeros(3), sizes)
+
+
+def test_a_list_said_to_be_samples_is_cut_by_its_items_whatever_their_sizes() -> None:
+    images = [torch.full((3, 8, 8), float(i)) for i in range(3)]
+    targets = [{"labels": torch.arange(3)} for _ in range(3)]
+    assert len(cut((images, targets), [2, 1])[0][0]) == 3  # channels, taken for samples
+    first, second = cut((Samples(images), Samples(targets)), [2, 1])
+    assert [len(part) for part in (*first, *second)] == [2, 2, 1, 1]
+    assert type(first[0]) is Samples
+    assert second[0][0] is images[2]
+    assert batch_size([Samples(images[:2]), torch.zeros(2)]) == 2
+    assert batch_size(Samples([])) == 0

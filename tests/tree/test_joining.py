@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from composefit.tree import join
+from composefit.tree import Samples, join
 from tests.tree.values import Graph
 
 
@@ -43,6 +43,32 @@ def test_known_sizes_settle_whether_single_items_are_samples() -> None:
     one, two = [{"box": torch.zeros(2, 4)}], [{"box": torch.zeros(3, 4)}]
     assert join([one, two], sizes=[1, 1]) == one + two
     assert len(join([one, two], sizes=[2, 3])) == 1
+
+
+def test_outputs_of_time_first_parts_are_joined_where_their_samples_are() -> None:
+    parts = [(torch.zeros(5, 2, 3), torch.zeros(2, 3)), (torch.ones(5, 1, 3), torch.ones(1, 3))]
+    sequences, scores = join(parts, 1, sizes=[2, 1])
+    assert sequences.shape == (5, 3, 3)
+    assert sequences[0, :, 0].tolist() == scores[:, 0].tolist() == [0, 0, 1]
+    square = [torch.zeros(2, 2), torch.ones(2, 2)]
+    for leading, shape in (({(5,)}, (4, 2)), ({(2,)}, (2, 4)), (set(), (2, 4))):
+        assert join(square, 1, sizes=[2, 2], leading=leading).shape == shape
+    with pytest.raises(ValueError, match=r"a dimension 1 to join along .* shapes \(4,\), \(6,\)"):
+        join([torch.zeros(4), torch.zeros(6)], 1, sizes=[2, 1])
+
+
+def test_tensors_that_are_not_alike_are_structure_whatever_they_count() -> None:
+    # As many of them as a part has samples, counting something else: nodes.
+    joined = join([(torch.zeros(9, 4), torch.zeros(9)) for _ in range(2)], sizes=[2, 2])
+    assert [part.shape[0] for part in joined] == [18, 18]
+
+
+def test_samples_are_chained_whatever_they_hold() -> None:
+    heads = [{"y": torch.zeros(2)}, {"y": torch.ones(2)}]
+    assert len(join([heads, heads], sizes=[2, 2])) == 2
+    joined = join([Samples(heads), Samples(heads)], sizes=[2, 2])
+    assert type(joined) is Samples
+    assert joined == heads + heads
 
 
 def test_join_takes_dicts_filled_in_another_order() -> None:

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from composefit.tree import batch_size, cut, samples_of, split
 
@@ -57,13 +57,19 @@ def test_fault_in_a_registered_split_names_the_leaf() -> None:
         cut({"broken": Broken()}, [1, 1])
 
 
-def test_packed_sequence_has_a_size_but_is_not_cut() -> None:
-    packed = pack_sequence([torch.zeros(3), torch.zeros(2)])
-    assert batch_size(packed) == 2
-    assert batch_size((packed, torch.zeros(2))) == 2
-    with pytest.raises(TypeError, match=r"PackedSequence.*LoopModule\.scatter_batch") as caught:
-        cut({"text": packed}, [1, 1])
-    assert 'batch["text"]' in caught.value.__notes__[0]
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_a_packed_sequence_is_cut_by_packing_its_parts_anew(enforce_sorted: bool) -> None:
+    rows = [torch.arange(4.0), torch.arange(3.0) + 10, torch.arange(2.0) + 20]
+    if not enforce_sorted:
+        rows = [rows[2], rows[0], rows[1]]
+    packed = pack_sequence(rows, enforce_sorted=enforce_sorted)
+    assert batch_size(packed) == 3
+    assert batch_size((packed, torch.zeros(3))) == 3
+    first, second = cut({"text": packed}, [1, 2])
+    assert [row.tolist() for row in unpack_sequence(first["text"])] == [rows[0].tolist()]
+    assert [row.tolist() for row in unpack_sequence(second["text"])] == [
+        row.tolist() for row in rows[1:]
+    ]
 
 
 def test_public_extension_points_refuse_what_nobody_registered() -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from composefit.data.generators import has_state
 from composefit.data.loaders import (
-    Loaders,
+    CombinedLoader,
     PerRank,
     as_loader,
     in_order,
@@ -22,15 +22,8 @@ from composefit.data.loaders import (
 )
 from composefit.data.per_rank import OwnBatches
 from composefit.data.rows import Share
-from composefit.data.sources import (
-    Items,
-    Iterated,
-    OwnState,
-    Several,
-    Source,
-    digest_of,
-    same_kind,
-)
+from composefit.data.several import Several
+from composefit.data.sources import Items, Iterated, OwnState, Source, digest_of, same_kind
 from composefit.data.torch_loaders import StatefulTorchLoader, TorchLoader
 
 
@@ -303,15 +296,15 @@ def _shared(
                 "give Batches a function agree"
             )
         return OwnBatches(_source(loader.loader, name), name, share, agree, together)
-    if isinstance(loader, Loaders):
+    if isinstance(loader, CombinedLoader):
         # Groups are those of the first, as where a batch is cut into shards.
         others = replace(share, group=1)
         shares = {key: others if i else share for i, key in enumerate(loader.loaders)}
         sources = {
-            key: _shared(one, f"{name}[{key!r}]", shares[key], agree, together=True)
+            key: _shared(one, _inside(name, key), shares[key], agree, together=True)
             for key, one in loader.loaders.items()
         }
-        return Several(sources, shares)
+        return Several(loader, sources, shares)
     if isinstance(loader, DataLoader):
         refuse_divided(loader, name)
         return (StatefulTorchLoader if has_state(loader) else TorchLoader)(loader, name, share)
@@ -321,10 +314,9 @@ def _shared(
 def _source(loader: Iterable[Any], name: str) -> Source:
     if isinstance(loader, PerRank):
         return _source(loader.loader, name)
-    if isinstance(loader, Loaders):
-        return Several(
-            {key: _source(one, f"{name}[{key!r}]") for key, one in loader.loaders.items()}
-        )
+    if isinstance(loader, CombinedLoader):
+        sources = {key: _source(one, _inside(name, key)) for key, one in loader.loaders.items()}
+        return Several(loader, sources)
     if isinstance(loader, DataLoader):
         return (StatefulTorchLoader if has_state(loader) else TorchLoader)(loader, name)
     if has_state(loader):
@@ -332,6 +324,12 @@ def _source(loader: Iterable[Any], name: str) -> Source:
     if type(loader) in (list, tuple, range):
         return Items(loader)  # type: ignore[arg-type]
     return Iterated(loader)
+
+
+def _inside(name: str, key: str) -> str:
+    """What one of several loaders is called: `train['a']`, `train['a'][0]`, `train[0]`."""
+    first, bracket, rest = key.partition("[")
+    return f"{name}[{first!r}]{bracket}{rest}" if first else f"{name}{key}"
 
 
 def _limited(available: float, name: str, limit: int | float | None) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from composefit.data.seeding import pass_in_words
 from composefit.signals import leave_signals_to_parent
 
 _SAMPLE = re.compile(r"^while sample (.+) was loaded$", re.MULTILINE)
@@ -119,7 +120,7 @@ def explained(error: Exception, name: str, batch: int, epoch: int, workers: list
     Returns:
         The same error with a note; or where workers died or hang, a RuntimeError that names them.
     """
-    where = f"batch {batch} of epoch {epoch}"
+    where = f"batch {batch} of {pass_in_words(epoch)}"
     kept = "Nothing that was trained on is lost, and the last checkpoint holds: resume from it"
     # What a dead worker had sent may be gone, too: that is an EOFError, a ConnectionError, ...
     if died(error) or (isinstance(error, EOFError | OSError) and not _WORKER.search(str(error))):

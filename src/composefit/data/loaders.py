@@ -4,42 +4,183 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler, SubsetRandomSampler
 
+from composefit.data.combining import MODES, Place, Turns, rounds
 from composefit.data.generators import samplers_of
 
 
-class LoaderBatches(dict[str, Any]):
+class LoaderBatches(dict[Any, Any]):
     """One batch of each of several loaders, `{"labelled": ..., "unlabelled": ...}`.
 
-    Each is cut into shards by itself. A plain loss counts the samples of the first.
+    Each is cut into shards by itself; None stands for that of a loader which is at its end. A plain
+    loss counts the samples of the first that is there.
     """
 
 
-class Loaders:
-    """Several loaders side by side; ends with the shortest.
+class LoaderList(list[Any]):
+    """The same, of loaders in a list."""
+
+
+def apart(batches: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What a structure of `LoaderBatches` and `LoaderList` holds, each with a name of its own.
+
+    Example:
+        >>> dict(apart(LoaderBatches({"a": 1, "b": LoaderList([2, 3])})))
+        {'a': 1, 'b[0]': 2, 'b[1]': 3}
+    """
+    if (items := _items(batches)) is None:
+        yield name, batches
+        return
+    for key, one in items:
+        yield from apart(one, _inside(name, key))
+
+
+def together(like: Any, found: Mapping[str, Any], name: str = "") -> Any:
+    """The structure that `apart` takes apart, around others by the same names, or None.
+
+    Example:
+        >>> together(LoaderBatches({"a": 1, "b": LoaderList([2, 3])}), {"a": 4, "b[1]": 5})
+        {'a': 4, 'b': [None, 5]}
+    """
+    if (items := _items(like)) is None:
+        return found.get(name)
+    others = [(key, together(one, found, _inside(name, key))) for key, one in items]
+    return LoaderBatches(others) if isinstance(like, dict) else LoaderList(x for _, x in others)
+
+
+def _items(batches: Any) -> list[tuple[Any, Any]] | None:
+    if isinstance(batches, LoaderBatches):
+        return list(batches.items())
+    return list(enumerate(batches)) if isinstance(batches, LoaderList) else None
+
+
+def _inside(name: str, key: Any) -> str:
+    return f"{name}[{key!r}]" if name or not isinstance(key, str) else key
+
+
+class CombinedLoader:
+    """Several loaders as one; the modes are those of Lightning's class of this name.
+
+    A batch has the structure of the loaders: of a dict it is a dict, of a list or tuple a list.
+    Each is cut into shards by itself, and is resumed by itself. Where loaders are evaluated, those
+    of `"sequential"` run one after another, and are told apart by `dataloader_idx`.
 
     Args:
-        loaders: name -> loader.
+        iterables: loaders in a dict, list or tuple, which may be nested; or a single one. A list
+            within is a loader, of batches, unless it is made of loaders. A `CombinedLoader` within
+            is one loader.
+        mode: what an epoch is:
+
+            - `"min_size"`: it ends with the shortest loader.
+            - `"max_size_cycle"`: it ends with the longest; the others begin anew, in a new order
+              where they shuffle, as often as it takes.
+            - `"max_size"`: it ends with the longest; one at its end gives None.
+            - `"sequential"`: one loader after another; a batch is that of a single loader.
+
+    Attributes:
+        iterables: as given.
+        mode: as given.
+        loaders: name -> loader; the name says where it is.
+        structure: of a batch.
+
+    Raises:
+        ValueError: another mode, no loader, or two of one name.
+        TypeError: something is no loader.
+
+    Example:
+        >>> loader = CombinedLoader({"a": [1, 2], "b": [4, 5, 6]}, "max_size_cycle")
+        >>> len(loader), list(loader)
+        (3, [{'a': 1, 'b': 4}, {'a': 2, 'b': 5}, {'a': 1, 'b': 6}])
+        >>> list(CombinedLoader([[1, 2], [4, 5, 6]], "max_size"))
+        [[1, 4], [2, 5], [None, 6]]
     """
 
-    def __init__(self, loaders: Mapping[str, Iterable[Any]]) -> None:
-        if not loaders:
-            raise ValueError("expected at least one {name: loader}, got an empty dict")
-        self.loaders = dict(loaders)
+    def __init__(self, iterables: Any, mode: str = "min_size") -> None:
+        if mode not in MODES:
+            raise ValueError(
+                f"CombinedLoader(mode=...) is one of {', '.join(map(repr, MODES))}, got {mode!r}"
+            )
+        self.iterables = iterables
+        self.mode = mode
+        self.structure = _structure(iterables)
+        found = list(apart(self.structure))
+        self.loaders = {name: as_loader(one, f"the loader {name!r}") for name, one in found}
+        if not found:
+            raise ValueError(f"expected at least one loader, got {iterables!r}")
+        if len(self.loaders) < len(found):
+            raise ValueError(f"two loaders have one name: {', '.join(name for name, _ in found)}")
 
-    def __iter__(self) -> Iterator[LoaderBatches]:
-        for batches in zip(*self.loaders.values(), strict=False):
-            yield LoaderBatches(zip(self.loaders, batches, strict=True))
+    def __iter__(self) -> Iterator[Any]:
+        def turns(name: str, loader: Iterable[Any]) -> Turns:
+            return Turns(name, lambda repeat, skip: iter(loader), lambda: None, Place())
+
+        every = [turns(name, one) for name, one in self.loaders.items()]
+        return map(self.batch, rounds(every, self.mode))
+
+    def batch(self, found: Mapping[str, Any]) -> Any:
+        """What a step gets of what the loaders gave, by their names."""
+        if self.mode == "sequential":
+            (batch,) = found.values()
+            return batch
+        return together(self.structure, found)
 
     def __len__(self) -> int:
-        number = min(map(number_of_batches, self.loaders.values()))
+        number = self.number_of_batches()
         if number == math.inf:
-            raise TypeError("none of these loaders says how many batches it has")
+            which = "none" if self.mode == "min_size" else "not every one"
+            raise TypeError(f"{which} of these loaders says how many batches it has")
         return int(number)
+
+    def number_of_batches(self, ranks: int = 1) -> float:
+        """Batches an epoch, among so many ranks; infinity where nobody knows."""
+        numbers = [number_of_batches(one, ranks) for one in self.loaders.values()]
+        if self.mode == "sequential":
+            return sum(numbers)
+        return min(numbers) if self.mode == "min_size" else max(numbers)
+
+    def like(self, function: Callable[[Iterable[Any]], Iterable[Any]]) -> CombinedLoader:
+        """The same of other loaders: of what a function makes of each."""
+        others = {name: function(one) for name, one in self.loaders.items()}
+        return CombinedLoader(together(self.structure, others), self.mode)
+
+
+def _structure(loaders: Any, outermost: bool = True) -> Any:
+    if isinstance(loaders, Mapping):
+        return LoaderBatches({key: _structure(one, False) for key, one in loaders.items()})
+    if isinstance(loaders, list | tuple) and (outermost or _of_loaders(loaders)):
+        return LoaderList(_structure(one, False) for one in loaders)
+    return loaders
+
+
+def _of_loaders(items: Any) -> bool:
+    """Whether a list is made of loaders, or of lists of loaders; else it holds batches."""
+    return len(items) > 0 and all(
+        _of_loaders(item) if isinstance(item, list | tuple) else is_loader(item) for item in items
+    )
+
+
+def is_loader(value: object) -> bool:
+    """Whether an item of a list is a loader, not a batch."""
+    if isinstance(value, DataLoader):
+        return True
+    batch = isinstance(value, Tensor | list | tuple | Mapping | str | bytes)
+    return not batch and isinstance(value, Iterable) and not hasattr(value, "__array__")
+
+
+def one_after_another(loaders: Any) -> list[Any]:
+    """What is evaluated, loader by loader: those of a dict or list, or of `"sequential"` ones."""
+    if isinstance(loaders, CombinedLoader) and loaders.mode == "sequential":
+        return list(loaders.loaders.values())
+    if isinstance(loaders, Mapping):
+        return list(loaders.values())
+    if isinstance(loaders, list | tuple) and loaders and all(map(is_loader, loaders)):
+        return list(loaders)
+    return [loaders]
 
 
 class PerRank:
@@ -65,7 +206,7 @@ class PerRank:
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        if isinstance(loader, Mapping) or not isinstance(loader, Iterable):
+        if isinstance(loader, Mapping | CombinedLoader) or not isinstance(loader, Iterable):
             raise TypeError(
                 f"PerRank takes an iterable of batches, such as a DataLoader, got "
                 f"{type(loader).__name__}; in a dict of loaders write it around each of them"
@@ -88,16 +229,22 @@ def as_loader(loader: object, name: str) -> Iterable[Any]:
         TypeError: neither.
     """
     if isinstance(loader, Mapping):
-        return Loaders({str(k): as_loader(v, f"{name}[{k!r}]") for k, v in loader.items()})
+        try:
+            return CombinedLoader(loader)
+        except (TypeError, ValueError) as error:
+            error.add_note(f"in {name}")
+            raise
     if not isinstance(loader, Iterable):
         raise TypeError(
             f"{name} must be an iterable of batches, such as a DataLoader, or a dict of such, "
             f"got {type(loader).__name__}"
         )
-    if isinstance(loader, list | tuple) and loader and isinstance(loader[0], DataLoader | PerRank):
+    kinds: tuple[type, ...] = (DataLoader, PerRank, CombinedLoader)
+    if isinstance(loader, list | tuple) and loader and isinstance(loader[0], kinds):
         raise TypeError(
             f"{name} is a {type(loader).__name__} of loaders, whose items would be taken for "
-            'batches: write {"name": loader, ...} for several loaders side by side'
+            'batches: write {"name": loader, ...} or CombinedLoader([loader, ...]) for several '
+            "loaders side by side"
         )
     return loader
 
@@ -107,8 +254,8 @@ def number_of_batches(loader: Iterable[Any], ranks: int = 1) -> float:
 
     Of several ranks, none knows how many batches of their own the others have.
     """
-    if ranks > 1 and isinstance(loader, Loaders):
-        return min(number_of_batches(one, ranks) for one in loader.loaders.values())
+    if isinstance(loader, CombinedLoader):
+        return loader.number_of_batches(ranks)
     if ranks > 1 and isinstance(loader, PerRank):
         return math.inf
     try:
@@ -119,7 +266,7 @@ def number_of_batches(loader: Iterable[Any], ranks: int = 1) -> float:
 
 def one_shot(loader: Iterable[Any]) -> Iterable[Any] | None:
     """The loader, or the first of several, that can be iterated only once."""
-    if isinstance(loader, Loaders):
+    if isinstance(loader, CombinedLoader):
         return next((found for one in loader.loaders.values() if (found := one_shot(one))), None)
     if isinstance(loader, PerRank):
         return one_shot(loader.loader)
@@ -133,8 +280,8 @@ def in_order(loader: Iterable[Any]) -> Iterable[Any]:
     A DataLoader's RandomSampler or WeightedRandomSampler becomes a SequentialSampler, and a
     SubsetRandomSampler its indices in their order; a sampler of another kind stays.
     """
-    if isinstance(loader, Loaders):
-        return Loaders({name: in_order(one) for name, one in loader.loaders.items()})
+    if isinstance(loader, CombinedLoader):
+        return loader.like(in_order)
     if isinstance(loader, PerRank):
         return PerRank(in_order(loader.loader))
     if not isinstance(loader, DataLoader):

@@ -33,6 +33,27 @@ def key_of(*parts: int) -> int:
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
+_PASS = 1_000_000
+
+
+def pass_of(epoch: int, repeat: int) -> int:
+    """The number under which a loader that comes around several times an epoch does so.
+
+    The first time it is the epoch's own.
+
+    Example:
+        >>> pass_of(3, 0), pass_of(3, 2), pass_in_words(2_000_003)
+        (3, 2000003, 'pass 2 of epoch 3')
+    """
+    return epoch + repeat * _PASS
+
+
+def pass_in_words(number: int) -> str:
+    """The same for messages; both count from 0."""
+    repeat, epoch = divmod(number, _PASS)
+    return f"pass {repeat} of epoch {epoch}" if repeat else f"epoch {epoch}"
+
+
 def seed_generators(key: int) -> None:
     """Start the global CPU generators of torch, NumPy and the `random` module from a key."""
     # torch.manual_seed would start every device's too, which takes a hundred times as long.

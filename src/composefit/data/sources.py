@@ -8,9 +8,8 @@ from itertools import count, islice
 from typing import Any, Protocol
 
 from composefit.data.digests import digest
-from composefit.data.loaders import LoaderBatches
 from composefit.data.quiet import Quiet, set_states
-from composefit.data.rows import Rows, Share
+from composefit.data.rows import Rows
 from composefit.data.seeding import GeneratorsKept, key_of, seed_generators
 
 _ITEM = 17  # sets these keys apart from those of a DataLoader that the iterable may have inside
@@ -182,12 +181,13 @@ class OwnState(Iterated):
     def __init__(self, items: Any) -> None:
         super().__init__(items)
         self._state: Any = None
-        self._earlier = False
+        self._loaded = False  # and not iterated over since
+        self._earlier = False  # it has not come to the end of its epoch, but may be there
 
     def open(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:
         """See `Source`."""
         kept, key = self._kept, key_of(seed, epoch, _ITEM)
-        earlier, self._earlier = self._earlier, False
+        earlier, self._earlier, self._loaded = self._earlier, True, False
         with kept:
             seed_generators(key)
             iterator = iter(self.iterable)
@@ -200,6 +200,7 @@ class OwnState(Iterated):
                     iterator = iter(self.iterable)
                     batch = next(iterator, kept)
             if batch is kept:
+                self._earlier = False
                 return
             yield batch
 
@@ -209,130 +210,21 @@ class OwnState(Iterated):
 
     def state_dict(self, ended: bool) -> dict[str, Any]:
         """See `Source`."""
-        if ended:
+        if ended and not self._loaded:
             self.mark()
         return {"loader": self._state}
 
     def load_state_dict(self, state: dict[str, Any], position: int) -> None:
         """See `Source`."""
         self._state = state["loader"]
-        self._earlier = True
+        self._earlier = self._loaded = True
         if self._state is not None:
             self.iterable.load_state_dict(copy.deepcopy(self._state))  # type: ignore[attr-defined]
-
-
-class Several:
-    """Several sources side by side; ends with the shortest.
-
-    A rank gets its rows of the batch of each. Samples count as the first has them.
-
-    Args:
-        sources: name -> source.
-        shares: name -> this rank's share of its batches; None for one process.
-    """
-
-    kind = "a dict of loaders"
-
-    def __init__(self, sources: dict[str, Source], shares: dict[str, Share] | None = None) -> None:
-        self.sources = sources
-        self.shares = shares
-        self.digest = 0
-
-    @property
-    def per_rank(self) -> bool:
-        """See `Source`."""
-        return any(source.per_rank for source in self.sources.values())
-
-    def open(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:
-        """See `Source`."""
-        iterators = [
-            source.open(key_of(seed, i), epoch, skip)
-            for i, source in enumerate(self.sources.values())
-        ]
-        first = True
-        for batches in zip(*iterators, strict=False):
-            together = LoaderBatches(zip(self.sources, batches, strict=True))
-            if self.shares is None:
-                yield together
-                continue
-            if first:
-                found = zip(self.sources.values(), batches, strict=True)
-                self.digest = digest([digest_of(source, batch) for source, batch in found])
-                first = False
-            yield divided(together, self.shares)
-
-    def mark(self) -> None:
-        """See `Source`."""
-        for source in self.sources.values():
-            source.mark()
-
-    def end(self) -> None:
-        """See `Source`."""
-        for source in self.sources.values():
-            source.end()
-
-    def close(self) -> None:
-        """See `Source`."""
-        for source in self.sources.values():
-            source.close()
-
-    def state_dict(self, ended: bool) -> dict[str, Any]:
-        """See `Source`."""
-        return {
-            name: {"kind": source.kind, **source.state_dict(ended)}
-            for name, source in self.sources.items()
-        }
-
-    def load_state_dict(self, state: dict[str, Any], position: int) -> None:
-        """See `Source`."""
-        if set(state) != set(self.sources):
-            raise ValueError(
-                f"the loaders are {', '.join(self.sources)}, but those of the state are "
-                f"{', '.join(state)}: give the same names"
-            )
-        for name, source in self.sources.items():
-            same_kind(f"the loader {name!r}", source, state[name]["kind"])
-            source.load_state_dict(state[name], position)
 
 
 def digest_of(source: Source, batch: Any) -> int:
     """The digest of an epoch's first batch, which this source has given."""
     return source.digest if isinstance(batch, Rows) else digest(batch)
-
-
-def divided(batches: LoaderBatches, shares: dict[str, Share]) -> LoaderBatches | Rows:
-    """This rank's rows of the batch of each loader, where one of them gives no more than rows.
-
-    Raises:
-        ValueError: a rank has rows of one batch but not of another, see `even_sizes`.
-    """
-    if not any(isinstance(batch, Rows) for batch in batches.values()):
-        return batches  # they are all cut later, by who knows how to
-    rows = {
-        name: batch if isinstance(batch, Rows) else _cut(batch, shares[name])
-        for name, batch in batches.items()
-    }
-    first, *others = rows
-    for name in others:
-        counts, sizes = rows[first].sizes, rows[name].sizes
-        if counts and sizes and [*map(bool, counts)] != [*map(bool, sizes)]:
-            raise ValueError(
-                f"the batches of loaders {first!r} and {name!r} hold {sum(counts)} and "
-                f"{sum(sizes)} samples, which come to {counts} and {sizes} on the ranks: each rank "
-                f"needs some of both. Use batch sizes of at least {len(sizes)} samples or groups, "
-                "and drop_last=True where the last batch is smaller"
-            )
-    whole = LoaderBatches({name: one.batch for name, one in rows.items()})
-    return Rows(whole, rows[first].sizes, rows[first].spare, rows[first].counted)
-
-
-def _cut(batch: Any, share: Share) -> Rows:
-    if not isinstance(batch, LoaderBatches):
-        return share.cut(batch)
-    cuts = {name: _cut(one, share) for name, one in batch.items()}
-    whole = LoaderBatches({name: one.batch for name, one in cuts.items()})
-    first = next(iter(cuts.values()))
-    return Rows(whole, first.sizes, first.spare, first.counted)
 
 
 def same_kind(name: str, source: Source, kind: str) -> None:

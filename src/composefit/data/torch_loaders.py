@@ -27,7 +27,7 @@ from composefit.data.generators import Drawers, has_state, samplers_of
 from composefit.data.indices import IndexIterator, Indices, IndicesWithState, fingerprint
 from composefit.data.loaders import altered
 from composefit.data.rows import Rows, Share
-from composefit.data.seeding import GeneratorsKept
+from composefit.data.seeding import GeneratorsKept, pass_in_words
 from composefit.data.streams import OwnRows, unpack
 
 
@@ -168,8 +168,8 @@ class TorchLoader:
             self._arrived.clear()
             if found is self:
                 raise ValueError(
-                    f"{self.name} gave {number} batches of epoch {epoch}, but {skip} were trained "
-                    "on before the run was resumed: has the data changed?"
+                    f"{self.name} gave {number} batches of {pass_in_words(epoch)}, but {skip} were "
+                    "trained on before the run was resumed: has the data changed?"
                 )
         return iterator
 

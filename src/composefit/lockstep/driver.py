@@ -600,7 +600,12 @@ class Lockstep:
         """The trainable parameters of a named optimizer, read anew in each step."""
         found = self._lists.get(name)
         if found is None:
-            optimizers = {} if self.stepper is None else self.stepper.optimizers
+            if self.stepper is None:
+                raise ValueError(
+                    f"{self.body.name} has no optimizer {name!r}, since nothing is trained here: "
+                    "write Gradient(losses, wrt=parameters)"
+                )
+            optimizers = self.stepper.optimizers
             if name not in optimizers:
                 raise unknown_optimizer(name, list(optimizers))
             found = optimizers[name].parameters()

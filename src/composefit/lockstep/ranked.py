@@ -18,6 +18,7 @@ from composefit.lockstep.scatter import (
     Part,
     batch_size,
     counts_its_own_way,
+    cuts_its_own_way,
     rows_of,
     scatter,
 )
@@ -93,11 +94,11 @@ class Ranks:
             for batch in batches
         ]
         sizes = self._sizes(rows)
-        group = getattr(owner, "samples_per_group", 1)
         self.shards.clear()
         self.own.clear()
         parts: list[Part] = []
         spares: list[Part] = []
+        here: list[list[Part]] = []
         for n, (row, by_rank) in enumerate(zip(rows, sizes, strict=True)):
             batch = move(row.batch, lock.device, lock.precision.dtype)
             mine = by_rank[world.rank]
@@ -107,22 +108,19 @@ class Ranks:
             spare = own[0]._replace(spare=True)
             if spare.samples is None:
                 spare = spare._replace(samples=batch_size(owner, batch))
-            own = own if mine else []
+            spares.append(spare)
+            here.append(own if mine else [])
+        for own, spare, cuts in zip(here, spares, self._cuts(here, sizes), strict=True):
             most = 0
-            for rank, size in enumerate(by_rank):
+            for rank, cut in enumerate(cuts):
                 if rank == world.rank:
-                    cut = [part.samples or 0 for part in own]
                     self.own += range(len(self.shards), len(self.shards) + len(cut))
-                else:
-                    lanes = tree.shard_sizes(size, lock.lanes.lanes, lock.microbatch, group)
-                    cut = [one for lane in lanes for one in lane]
                 most = max(most, len(cut))
                 self.shards += [RemoteShard(rank, one) for one in cut]
             parts += own
             if lock.lanes.together:
                 parts += [spare] * (most - len(own))
                 self.own += [0] * (most - len(own))
-            spares.append(spare)
         self.counts = [sum(one.rank == rank for one in self.shards) for rank in range(world.size)]
         self.spare = all(part.spare for part in parts)
         if not parts:
@@ -133,6 +131,22 @@ class Ranks:
         if self.alone:
             self.attributes.begin()
         return parts
+
+    def _cuts(
+        self, here: Sequence[Sequence[Part]], sizes: Sequence[tuple[int, ...]]
+    ) -> list[list[list[int]]]:
+        """For each loader batch, for each rank, the samples of its shards."""
+        lock = self.lock
+        lanes, most = lock.lanes.lanes, lock.microbatch
+        if cuts_its_own_way(lock.owner) and (lanes > 1 or most is not None):
+            mine = [[part.samples or 0 for part in parts] for parts in here]
+            theirs = self.world.gather("how scatter_batch has cut the batches", mine)
+            return [list(of_ranks) for of_ranks in zip(*theirs, strict=True)]
+        group = getattr(lock.owner, "samples_per_group", 1)
+        return [
+            [sum(tree.shard_sizes(size, lanes, most, group), []) for size in by_rank]
+            for by_rank in sizes
+        ]
 
     def _sizes(self, rows: Sequence[Rows]) -> list[tuple[int, ...]]:
         """For each loader batch, the samples of each rank."""

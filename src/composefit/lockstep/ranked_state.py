@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
 
 from composefit.lockstep import messages
+from composefit.metric_types import Metric, MetricCollection
 from composefit.module import LoopModule
 from composefit.ranks import World
 from composefit.replicas import path_of, statistics_of

@@ -32,6 +32,13 @@ def counts_its_own_way(module: LoopModule) -> bool:
     return type(module).batch_size is not LoopModule.batch_size
 
 
+def cuts_its_own_way(module: nn.Module) -> bool:
+    """Whether a module cuts batches itself."""
+    return isinstance(module, LoopModule) and (
+        type(module).scatter_batch is not LoopModule.scatter_batch
+    )
+
+
 def batch_size(module: nn.Module, batch: Any) -> int:
     """The samples of a batch, as the module counts them.
 
@@ -106,8 +113,7 @@ def _parts(
     module: nn.Module, batch: Any, samples: int, sizes: list[int]
 ) -> tuple[list[Any], list[int]]:
     """A batch in parts of these sizes, or those that the module makes of it in as many parts."""
-    own_way = type(module).scatter_batch if isinstance(module, LoopModule) else None
-    if not isinstance(module, LoopModule) or own_way is LoopModule.scatter_batch:
+    if not isinstance(module, LoopModule) or not cuts_its_own_way(module):
         return _cut(batch, sizes, getattr(module, "batch_dim", 0)), sizes
     parts = list(module.scatter_batch(batch, len(sizes)))
     if not 0 < len(parts) <= len(sizes):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import DataLoader
 
-from composefit.data import Batches, PerRank
+from composefit.data import Batches, CombinedLoader, PerRank
+from composefit.data.loaders import one_after_another
 from composefit.loops.loop import Loop
 
 if TYPE_CHECKING:
@@ -87,9 +88,9 @@ class EvaluateLoop(Loop):
 def batches_of(loaders: Any, name: str) -> list[Batches]:
     """Each loader as `Batches`."""
     several: Sequence[Any] = [loaders]
-    if isinstance(loaders, Mapping):
-        several = list(loaders.values())
+    if isinstance(loaders, Mapping | CombinedLoader):
+        several = one_after_another(loaders)
     elif isinstance(loaders, list) and loaders:  # of loaders, or of batches: then it is one
-        kinds = (Batches, DataLoader, PerRank)
+        kinds = (Batches, DataLoader, PerRank, CombinedLoader)
         several = loaders if all(isinstance(one, kinds) for one in loaders) else several
     return [one if isinstance(one, Batches) else Batches(one, name) for one in several]

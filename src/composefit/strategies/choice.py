@@ -65,7 +65,11 @@ def choose(strategy: object, accelerator: object = "auto", devices: object = "au
     if strategy == "threads":
         raise ValueError(f"strategy='threads' runs on a CPU: leave accelerator={accelerator!r} out")
     if kind == "auto":
-        return SingleDevice() if devices == "auto" else _on(SingleDevice().device.type, devices)
+        if devices == "auto":
+            return SingleDevice()
+        kind = SingleDevice().device.type
+        if kind == "cpu":
+            return _on_cpu(strategy, _number(devices))
     return _on(kind, devices)
 
 
@@ -96,8 +100,6 @@ def _on_cpu(strategy: str, number: int | None) -> Strategy:
 
 
 def _on(kind: str, devices: object) -> Strategy:
-    if kind == "cpu":
-        return _on_cpu("auto", _number(devices))
     indices = list(devices) if isinstance(devices, list | tuple) else None
     if indices is not None and len(indices) == 1:
         return SingleDevice(f"{kind}:{indices[0]}")

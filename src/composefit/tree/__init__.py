@@ -33,20 +33,15 @@ error that names both.
     [2, 1]
 
 Rules 1 and 3 look at sizes, so a list of samples whose sizes happen to agree reads as structure
-(images of three channels, say). Where that can be, say what is meant with a type of your own:
+(images of three channels, say). Where that can be, say what is meant: ``Samples`` is a list of one
+item per sample, whatever the items are,
 
-    >>> from itertools import accumulate
-    >>> class Samples(list): "One item per sample, whatever the items are."
-    >>> _ = samples_of.register(Samples, len)
-    >>> @split.register
-    ... def _(value: Samples, sizes):
-    ...     ends = list(accumulate(sizes))
-    ...     return [Samples(value[end - size : end]) for size, end in zip(sizes, ends)]
     >>> images = Samples([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)])
     >>> [len(part) for part in cut(images, [1, 1])]
     [1, 1]
 
-or override ``LoopModule.scatter_batch``.
+and types of one's own can be registered with ``samples_of`` and ``split``. What is too much for
+that goes into ``LoopModule.batch_size`` and ``LoopModule.scatter_batch``.
 """
 
 from composefit.tree.counting import batch_size
@@ -56,8 +51,10 @@ from composefit.tree.mapping import map_tensors, tensors
 from composefit.tree.moving import move
 from composefit.tree.registry import samples_of, split
 from composefit.tree.sizes import even_sizes, shard_sizes
+from composefit.tree.structure import Samples
 
 __all__ = [
+    "Samples",
     "batch_size",
     "cut",
     "even_sizes",

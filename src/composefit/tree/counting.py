@@ -8,7 +8,7 @@ from torch import Tensor
 
 from composefit.tree.kinds import SCALARS, Kind, kind_of
 from composefit.tree.registry import samples_of
-from composefit.tree.structure import entries, type_name
+from composefit.tree.structure import Samples, entries, is_unnamed, type_name
 
 
 def batch_size(batch: Any, dim: int = 0) -> int:
@@ -116,6 +116,8 @@ def read_list(
     items: Sequence[Any], path: str, samples: int | None, dim: int
 ) -> tuple[bool, list[Count]]:
     """Whether a list is one item per sample, and what it says about their number."""
+    if isinstance(items, Samples):
+        return True, [Count(path, len(items))]
     inside: list[Count] = []
     if not all(type(item) in SCALARS for item in items):
         for where, child in entries(items, path):
@@ -123,14 +125,14 @@ def read_list(
     as_samples = [Count(path, len(items))]
     if not inside:
         # Items of several types, without a tensor, are no ground to call their number a batch's.
-        sure = bool(items) and (samples is not None or _alike(items))
+        sure = bool(items) and (samples is not None or alike(items))
         return bool(items), as_samples if sure else []
     sizes = {count.samples for count in surest(inside)}
     tensors = all(kind_of(item) is Kind.ARRAY and item.ndim > dim for item in items)
     if len(sizes) == 1 and (tensors or samples is None or sizes == {samples}):
         structure = True
     else:
-        structure = len(items) != samples and (len(sizes) == 1 or not _alike(items))
+        structure = len(items) != samples and (len(sizes) == 1 or not alike(items))
     if not structure:
         return True, as_samples
     if tensors or samples is not None:
@@ -138,7 +140,7 @@ def read_list(
     return False, [count._replace(doubt=count.doubt + 1) for count in surest(inside)]
 
 
-def _alike(items: Sequence[Any]) -> bool:
+def alike(items: Sequence[Any]) -> bool:
     """Whether items could be samples of one data set: of one type, tensors of one dtype and rank.
 
     It tells inputs and targets that disagree, a fault, from ragged samples.
@@ -146,6 +148,9 @@ def _alike(items: Sequence[Any]) -> bool:
     first = items[0]
     if any(type(item) is not type(first) for item in items):
         return False
+    if is_unnamed(first):  # images and their targets, say
+        inside = [item[0] for item in items if item]
+        return not inside or alike(inside)
     if not isinstance(first, Tensor | np.ndarray):
         return True
     return all(item.dtype == first.dtype and item.ndim == first.ndim for item in items)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from composefit.tree.structure import type_name
 
@@ -65,8 +65,10 @@ def _(value: PackedSequence) -> int:
 
 @split.register
 def _(value: PackedSequence, sizes: Sequence[int]) -> Sequence[Any]:
-    raise TypeError(
-        "a PackedSequence interleaves its samples and cannot be cut into shards: give padded "
-        "sequences and their lengths in the batch and pack them in training_step, or override "
-        "LoopModule.scatter_batch"
-    )
+    # Its samples are interleaved, the longest first: each part is packed anew, as a copy.
+    padded, lengths = pad_packed_sequence(value, batch_first=True)
+    columns = (one.split_with_sizes(list(sizes)) for one in (padded.detach(), lengths))
+    return [
+        pack_padded_sequence(rows, own, batch_first=True, enforce_sorted=False)
+        for rows, own in zip(*columns, strict=True)
+    ]
