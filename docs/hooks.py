@@ -24,6 +24,11 @@ PLACES = {
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
     **{f"examples/{path.name}": "examples.md" for path in ROOT.glob("examples/*.py")},
+    "examples/recipes": "recipes-code.md",
+    **{
+        f"examples/recipes/{path.name}": f"recipes-code.md#{path.stem}py"
+        for path in ROOT.glob("examples/recipes/*.py")
+    },
 }
 COPIED = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")
 
@@ -34,6 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, PLACES[source], content=text))
     files.append(File.generated(config, "examples.md", content=examples()))
+    files.append(File.generated(config, "recipes-code.md", content=recipes()))
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
@@ -58,13 +64,28 @@ def examples() -> str:
     """The page of the examples: each file's docstring, and its code."""
     parts = ["# Examples\n\nEach is a program of its own, in `examples/`, and runs in the tests.\n"]
     for path in sorted(ROOT.glob("examples/*.py")):
-        code = path.read_text(encoding="utf-8")
-        tree = ast.parse(code)
-        said = ast.get_docstring(tree) or ""
-        if said:
-            lines = code.splitlines(keepends=True)
-            code = "".join(lines[tree.body[0].end_lineno :]).lstrip("\n")
+        said, code = docstring_and_code(path)
         title = path.stem.replace("_", " ").replace("gan", "GAN")
         parts.append(f"## {title[0].upper()}{title[1:]}\n\n`{path.name}`: {said}\n")
-        parts.append(f"```python\n{code.rstrip()}\n```\n")
+        parts.append(f"```python\n{code}\n```\n")
     return "\n".join(parts)
+
+
+def recipes() -> str:
+    """The page of the recipes' code: those, and last what they share."""
+    parts = ["# The recipes' code\n\nWhat each shows is in [the recipes](recipes.md).\n"]
+    paths = ROOT.glob("examples/recipes/*.py")
+    for path in sorted(paths, key=lambda path: (path.name[0] == "_", path.name)):
+        said, code = docstring_and_code(path)
+        parts.append(f"## {path.name}\n\n{said}\n\n```python\n{code}\n```\n")
+    return "\n".join(parts)
+
+
+def docstring_and_code(path: Path) -> tuple[str, str]:
+    """What a file says of itself, and what comes after that."""
+    code = path.read_text(encoding="utf-8")
+    tree = ast.parse(code)
+    said = ast.get_docstring(tree) or ""
+    if said:
+        code = "".join(code.splitlines(keepends=True)[tree.body[0].end_lineno :])
+    return said, code.strip("\n")

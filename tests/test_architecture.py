@@ -24,7 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("lightning",),  # other names for what is below
     ("trainer",),
+    ("explain",),
     ("training", "evaluation", "running", "snapshot", "remote"),  # what a trainer consists of
+    ("check",),
     ("arguments", "hooks", "logs", "report", "results", "sources"),
     ("loops", "history"),
     ("callbacks", "loggers", "profilers", "datamodule"),
@@ -43,14 +45,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sharded_checkpoint",),
     ("precision", "random", "ranks", "data", "images", "checkpoint"),
     ("tree",),
-    ("hyperparameters", "seeding", "settings", "signals"),
+    ("hyperparameters", "metric_types", "seeding", "settings", "signals"),
 )
 
-# Packages of the extras: imported inside the function that needs them, or by the demo.
 # What takes a second to import, since it builds on torch's sharded tensors, and few runs need.
 LATE = {"composefit.strategies.fully_sharded", "composefit.sharded_checkpoint"}
 
-OPTIONAL = {"IPython", "matplotlib", "sklearn", "tensorboard", "wandb"}
+# Imported inside the function that needs them, or by the demo: packages of the extras, and
+# torchmetrics, which takes longer to import than torch.
+OPTIONAL = {"IPython", "matplotlib", "sklearn", "tensorboard", "torchmetrics", "wandb"}
 
 
 class Import(NamedTuple):

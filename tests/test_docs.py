@@ -67,11 +67,13 @@ def test_the_pages_with_code_are_these() -> None:
     assert [name_of(param.values[0]) for param in WITH_CODE] == [
         "README.md",
         "docs/callbacks.md",
+        "docs/check.md",
         "docs/compatibility.md",
         "docs/data.md",
         "docs/debugging.md",
         "docs/effects.md",
         "docs/errors.md",
+        "docs/explain.md",
         "docs/from-lightning.md",
         "docs/index.md",
         "docs/laws.md",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -75,8 +76,7 @@ def call(trainer: Trainer, method: str, module: LoopModule, arguments: dict[str,
 
     What is not so: loaders and data modules stay as they were; hooks that were registered on a
     module, and attributes that cannot be pickled, are lost (a warning names those of the module);
-    `trainer.strategy` has no world. Where parameters are sharded, the optimizers' states are only
-    in checkpoints.
+    `trainer.strategy` has no world, and `trainer.step` cannot go on. What was sharded is whole.
 
     Args:
         trainer: is not in a run.
@@ -197,6 +197,7 @@ def _serve(name: str, until: int) -> Any:
     try:
         result = getattr(trainer, method)(**{first: module}, **other, **data)
         whole = trainer.strategy.release(module, job.rank == 0)
+        _make_whole(trainer, whole)
     except BaseException:
         if job.rank == 0:
             with suppress(Exception):
@@ -208,9 +209,40 @@ def _serve(name: str, until: int) -> Any:
     return result
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, asked without importing those, which takes a second."""
-    return hasattr(tensor, "full_tensor")
+def _make_whole(trainer: Trainer, whole: Mapping[int, Tensor]) -> None:
+    """Optimizers and callbacks of a sharded training as those of any other; all ranks call it.
+
+    Args:
+        trainer: its module was released.
+        whole: by the id of each parameter that was sharded, the whole one in its place.
+    """
+    strategy = trainer.strategy
+    if not strategy.shards_state:
+        return
+    for callback in trainer.callbacks:
+        kept = vars(callback)
+        kept.update({name: strategy.full_state(value) for name, value in kept.items()})
+    for one in trainer.optimizers.values():
+        optimizer = one.optimizer
+        full = strategy.full_state(dict(optimizer.state))
+        states = {whole.get(id(parameter), parameter): state for parameter, state in full.items()}
+        optimizer.state = defaultdict(dict, states)
+        for group in optimizer.param_groups:
+            group["params"] = [whole.get(id(one), one) for one in group["params"]]
+
+
+class _Ended:
+    """In place of a driver that has run in other processes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(
+            "this training has run in processes of its own, which have ended, and no step can be "
+            "added to it here: call trainer.fit, with ckpt_path to go on from a checkpoint; or, for "
+            "a loop that calls trainer.step, give the loop to trainer.run, or start the script "
+            "with torchrun"
+        )
 
 
 def _send_back(
@@ -270,6 +302,7 @@ def _take_back(path: Path, trainer: Trainer, sent: Sent) -> None:
     vars(trainer).update(left, _resumed_epoch=epoch, _heard=left["logs"])
     trainer.evaluation.logs, trainer.evaluation.numbers = logs, numbers
     if trained["training"] is not None:
+        trained["training"].driver = _Ended()
         vars(trainer).update(trained)
     restore_global_states(states)
     kind = type(trainer.module).__name__

@@ -41,12 +41,31 @@ class Run:
 
 
 @contextmanager
+def in_job(trainer: Trainer) -> Iterator[None]:
+    """Around what a rank does for a run: the other ranks are told of an error, once.
+
+    `running` is within it. What comes before that, and may go wrong on one machine alone (a
+    checkpoint that is not there, loaders that cannot be), needs one of its own.
+    """
+    with as_rank(found_job()):
+        world = trainer.world
+        failures = 0 if world is None else world.failures
+        try:
+            yield
+        except BaseException as error:
+            now = trainer.world  # a job that has failed before may have begun anew
+            if now is not None and now.failures == (failures if now is world else 0):
+                now.fail(error)
+            raise
+
+
+@contextmanager
 def running(
     trainer: Trainer, module: LoopModule, stage: str, datamodule: DataModule | None
 ) -> Iterator[None]:
     """Around a run: settings, hooks and signals; everything is put back, whatever happens."""
     with ExitStack() as stack:
-        stack.enter_context(as_rank(found_job()))
+        stack.enter_context(in_job(trainer))
         signals = stack.enter_context(Signals())
         stack.callback(setattr, trainer, "run_in_progress", None)
         trainer.run_in_progress = Run(stage, signals, stack)
@@ -74,6 +93,8 @@ def running(
             yield
             if trainer.training is not None and stage == "fit":
                 trainer.training.stepper.finish()
+                if (ranks := trainer.training.driver.ranks) is not None:
+                    ranks.finish()
         except BaseException as error:
             trainer.call.fail(error)
             _wind_up(trainer, stage, error)

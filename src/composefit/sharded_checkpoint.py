@@ -235,7 +235,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], world: World | None) -> 
                 dict(tensors),
                 storage_writer=_Writer(folder, sync_files=True),
                 planner=DefaultSavePlanner(flatten_state_dict=False),
-                process_group=None if world is None else world.control,
+                process_group=None if world is None else world.patient_group(),
                 no_dist=world is None,
             )
         except CheckpointException as error:
@@ -327,7 +327,7 @@ def _shared(
             raise error
         return [value]
     text = None if error is None else f"{type(error).__name__}: {error}"
-    said = world.gather(what, (value, text))
+    said = world.gather(what, (value, text), patient=True)  # others may have larger files
     if error is not None:
         raise error
     for rank, (_, failed) in enumerate(said):

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from composefit import checkpoint, saved
 from composefit.callbacks import Callback, ModelCheckpoint
 from composefit.data import Batches
 from composefit.loops import Loop
+from composefit.metric_types import Metric
 from composefit.module import LoopModule
 from composefit.random import hash_key
 from composefit.ranks import World
@@ -186,7 +186,8 @@ def _on_first(world: World | None, what: str, function: Callable[[], Result]) ->
             said = True, function()
         except Exception as raised:
             error, said = raised, (False, _as_plain(raised))
-    done, found = world.broadcast(what, said)
+    # Rank 0 may have a large file to write, or a slow folder to look into.
+    done, found = world.broadcast(what, said, patient=True)
     if error is not None:
         raise error
     if not done:
@@ -235,7 +236,9 @@ def read(trainer: Trainer, ckpt_path: str | Path | None) -> Found | None:
         raise
     checkpoint.of_trainer(state, path)
     if world is not None:
-        steps = [step for (step,) in world.agree(f"{path}, read", state["global_step"])]
+        steps = [
+            step for (step,) in world.agree(f"{path}, read", state["global_step"], patient=True)
+        ]
         if len(set(steps)) > 1:
             raise RuntimeError(
                 f"ranks have read different files as {path}: they are of the steps {steps}, in "

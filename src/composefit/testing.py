@@ -6,6 +6,8 @@
 - Resumption (`assert_resumable`): stopped at any step and resumed is the same as never stopped.
 - Errors (`assert_user_error`): a fault surfaces as the user's own exception, and nothing is lost.
 
+Whether one's losses keep the first of them, `check_losses` tells in a moment, and why they do not.
+
 For a closer look there are `run_step`, which gives the effects of one step, and `Recording`, a
 strategy that writes down what it was asked to do.
 """
@@ -33,6 +35,7 @@ from torch.optim import Optimizer
 
 from composefit import tree
 from composefit.callbacks import Callback, ModelCheckpoint
+from composefit.check import CheckReport
 from composefit.effects import Effect
 from composefit.lockstep.contract import Body
 from composefit.lockstep.driver import Lockstep
@@ -54,6 +57,7 @@ __all__ = [
     "assert_resumable",
     "assert_same_training",
     "assert_user_error",
+    "check_losses",
     "run_step",
 ]
 
@@ -161,6 +165,54 @@ def assert_same_training(
                     )
                 worst = max(worst, largest)
     return worst
+
+
+def check_losses(
+    module: LoopModule | Callable[[], LoopModule],
+    batch: Any,
+    strategy: str | Strategy = "single",
+    batches: int = 1,
+    **trainer_arguments: Any,
+) -> CheckReport:
+    """`Trainer.check` as a test: a step's losses mean the same however a batch is cut.
+
+    Args:
+        module: it stays as it is; or a function that builds one, torch's generator being seeded.
+        batch: a batch, or a loader, of which the first ones are taken.
+        strategy: the shards run side by side where it has several lanes in this process.
+        batches: how many of a loader's to look at, up to 3.
+        trainer_arguments: for the `Trainer`.
+
+    Returns:
+        The report, all being right.
+
+    Raises:
+        AssertionError: a loss means something else once the batch is cut; the message is the
+            report, with the likely cause and the line to write instead.
+        ValueError: as `Trainer.check`.
+
+    Example:
+        >>> class Regression(LoopModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(3, 1)
+        ...
+        ...     def training_step(self, batch):
+        ...         return self.layer(batch).square().mean()
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> check_losses(Regression, torch.randn(7, 3)).ok
+        True
+    """
+    if not isinstance(module, LoopModule):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = module()
+    trainer = Trainer(**{**_quiet(trainer_arguments), "strategy": strategy})
+    report = trainer.check(module, batch, batches, show=False)
+    _require(report.ok, str(report))
+    return report
 
 
 def assert_deterministic(

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich import get_console
 
-from composefit import arguments, checkpoint, remote, report, snapshot
+from composefit import arguments, checkpoint, explain, remote, report, snapshot
 from composefit.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar
+from composefit.callbacks.printing import print_table
+from composefit.check import CheckReport, check, first_batches, is_loader, try_check
+from composefit.check.copies import copied_module, untouched
 from composefit.data import Batches
+from composefit.data.loaders import one_shot
 from composefit.datamodule import DataModule
 from composefit.evaluation import Evaluation
 from composefit.history import History
@@ -68,7 +73,10 @@ class Trainer:
             each loader; 0 leaves validation out.
         overfit_batches: train, validate and test on so many batches (or this fraction), unshuffled.
         fast_dev_run: one epoch of one batch of everything (or so many), without loggers and
-            checkpoints: does the code run at all?
+            checkpoints: does the code run at all? What `check` finds is printed.
+        check: before the first step of a fit, check on its batch that the losses mean the same
+            however a batch is cut, print what was found, and warn if they do not; see
+            `Trainer.check`.
         num_sanity_val_steps: validation batches before training, to see that it works; -1 for all.
         val_check_interval: validate every so many loader batches, or after this fraction of an
             epoch; 1.0 is its end. Within an accumulation window: after its step.
@@ -110,7 +118,10 @@ class Trainer:
         history: what was logged, for `report`.
         run_seed: the seed of this run's random draws.
         rank_metrics: the metrics of the module, where ranks count apart; or None.
+        driver_class: of what runs steps.
     """
+
+    driver_class: type[Lockstep] = Lockstep
 
     def __init__(
         self,
@@ -134,6 +145,7 @@ class Trainer:
         limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0,
         fast_dev_run: bool | int = False,
+        check: bool = False,
         num_sanity_val_steps: int | None = None,
         val_check_interval: int | float | None = None,
         check_val_every_n_epoch: int | None = 1,
@@ -161,6 +173,7 @@ class Trainer:
         self.precision = Precision.of(precision)
         dev = arguments.fast_dev_run(fast_dev_run)
         self.fast_dev_run = dev > 0
+        self.checks = flag("check", check) or self.fast_dev_run
         self.limits = arguments.limits(max_epochs, max_steps, min_epochs, min_steps, max_time, dev)
         self.accumulate_grad_batches = count("accumulate_grad_batches", accumulate_grad_batches)
         self.microbatch_size = count("microbatch_size", microbatch_size, none=True)
@@ -237,6 +250,7 @@ class Trainer:
         self.call: HookCaller
         self._brought: list[Callback] = []  # by the module of the run
         self._whole_epoch = True
+        self._unchecked = False  # the next step is to be checked first
         self._resumed_epoch = 0  # what loaders are made for, before the loops are there
 
     # -- what a user calls ---------------------------------------------------------------------
@@ -289,7 +303,10 @@ class Trainer:
             self.loop = self.fit_loop = None
             self._resumed_epoch = 0 if state is None else state[1]["epoch"]
             loop = ready or self._fit_loop(module, sources)
+            if self.checks and self.world is not None:  # before parameters may be sharded
+                self._check_losses(module, sources.loader("train"))
             self._begin(module, loop, state)
+            self._unchecked = self.checks and self.world is None
             loop.run(self, module)
 
     def validate(
@@ -427,6 +444,9 @@ class Trainer:
             module.trainer = self
         training = self.training
         assert training is not None
+        if self._unchecked:
+            self._unchecked = False
+            self._check_losses(module, batches[0])
         training.batch_idx = batch_idx
         driver = training.driver
         if (world := self.strategy.world) is not None:
@@ -472,6 +492,114 @@ class Trainer:
             returned something and no hook asks for it.
         """
         return self.evaluation.step(module, batch, batch_idx, dataloader_idx)
+
+    def check(
+        self, module: LoopModule, batch_or_loader: Any, batches: int = 1, *, show: bool = True
+    ) -> CheckReport:
+        """Find losses that mean something else once a batch is cut into shards.
+
+        Takes the gradients of a step on the whole batch, and on the batch in two shards of unlike
+        sizes, which run side by side where the strategy has several lanes in this process. They
+        must be the same to rounding: else data parallelism, accumulation and micro-batches would
+        each train something else. Where they are not, the step is looked at operation by operation
+        to say why, and what to write instead.
+
+        It runs on copies, in float64 where the step does, without dropout and autocast: module,
+        optimizers, loader and random states stay bitwise as they are. Of ranks, each looks at the
+        whole batch by itself.
+
+        Args:
+            module: whose `training_step` is checked; `setup` and `configure_model` run on the copy.
+            batch_or_loader: a batch (a tensor, list, tuple, dict, ...), or a loader (a DataLoader,
+                or another iterable) or dict of loaders, whose first batches are taken.
+            batches: how many, up to 3; conditions of the step may differ from batch to batch.
+            show: print the report, on rank 0.
+
+        Returns:
+            What was found; a wrong loss is no error here (see `composefit.testing.check_losses`).
+
+        Raises:
+            TypeError: it is no module to train.
+            ValueError: a one-shot iterator, which would lack a batch afterwards; a batch that is
+                too small to be cut; several batches of something that is none but one.
+            Whatever the step raises on the whole batch.
+        """
+        self._check(module, "training_step", "configure_optimizers")
+        self._refuse_to_run_twice("check")
+        if isinstance(batch_or_loader, DataModule):
+            raise TypeError(
+                "trainer.check takes a batch or a loader, got a DataModule: call its setup('fit') "
+                "and pass its train_dataloader()"
+            )
+        if arguments.count("batches", batches) > 3:
+            raise ValueError(
+                f"trainer.check looks at one to 3 batches, got batches={batches}: what is wrong "
+                "with a step shows in the first"
+            )
+        if is_loader(batch_or_loader):
+            found = first_batches(batch_or_loader, batches)
+        elif batches > 1:
+            raise ValueError(f"trainer.check got one batch, and batches={batches}: give a loader")
+        else:
+            found = [batch_or_loader]
+        report = check(module, found, self.strategy, self.precision, self)
+        if show and explain.is_first_rank():
+            print_table(get_console(), report)
+        return report
+
+    def _check_losses(self, module: LoopModule, given: Any) -> None:
+        """Before the first step of a fit, on a batch or the first one of a loader."""
+        found = try_check(module, given, self.strategy, self.precision, self)
+        if isinstance(found, CheckReport):
+            if self.is_global_zero:
+                print_table(get_console(), found)
+            if not found.ok and self.arguments["check"]:  # a trial run only shows it
+                warnings.warn(
+                    "what this step trains depends on how its batch is cut into shards: "
+                    f"{found.summary}. See what was printed above",
+                    stacklevel=2,
+                )
+        elif found is not None:
+            self.print(f"the losses were not checked: {found}")
+
+    def explain(
+        self, module: LoopModule, batch: Any, *, step: int | None = None, show: bool = True
+    ) -> explain.Plan:
+        """Show what one training step does, before anything runs for long.
+
+        Runs the step three times on a copy of the module, with optimizers of its own: module,
+        batch, random states and this trainer stay bitwise as they are. Of a strategy with several
+        processes it runs rank 0's part in this one. Callbacks take no part.
+
+        Args:
+            module: whose step.
+            batch: what a loader gives, the whole world's; with accumulation it stands for each
+                loader batch of the step.
+            step: the number of the step, for those that do not always do the same; that of the
+                next one by default.
+            show: print it, on rank 0.
+
+        Returns:
+            The plan; `plan.save("step.svg")` draws it to scale in time.
+
+        Raises:
+            TypeError: it is no module to train.
+            Whatever the module's code raises, with a note of the shard, effect and step.
+        """
+        self._check(module, "training_step", "configure_optimizers")
+        self._refuse_to_run_twice("explain")
+        home = explain.at_home(self.strategy)
+        aside = Trainer(**{**self.arguments, **explain.QUIET, "strategy": home.strategy})
+        aside.driver_class = explain.WatchedLockstep
+        if self.module is module:
+            step = self.global_step if step is None else step
+            aside._resumed_epoch = self.current_epoch
+        with untouched():
+            loop = explain.Rehearsal(batch, step or 0, home, self.strategy)
+            plan: explain.Plan = aside.run(loop, copied_module(module).module)
+        if show and explain.is_first_rank():
+            print_table(get_console(), plan)
+        return plan
 
     def restart(self, module: LoopModule) -> None:
         """New counters, logs and optimizers; the weights stay. For loops that train several times.
@@ -921,7 +1049,7 @@ class Trainer:
             self.module = module
             self.training = None
         self.datamodule = datamodule
-        self.ready = False
+        self.ready = self._unchecked = False
         self.evaluation.forget()
         self.evaluation.logs = Logs()
         self.seed_run(self._first_seed())
@@ -990,7 +1118,7 @@ class Trainer:
 
         self.num_training_batches = train.batches.number
         once = (
-            any(isinstance(one.loader, Iterator) for one in validate.loaders) if validate else False
+            any(one_shot(one.loader) is not None for one in validate.loaders) if validate else False
         )
         return FitLoop(
             train,
@@ -1091,7 +1219,7 @@ class Trainer:
 
     def driver(self, module: LoopModule, body: Body, stepper: Stepper | None) -> Lockstep:
         """What runs steps of this module, with the trainer's settings, until the run is over."""
-        driver = Lockstep(
+        driver = self.driver_class(
             module,
             self.strategy,
             body,

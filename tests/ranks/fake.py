@@ -36,10 +36,10 @@ class FakeWorld:
         self._meeting = meeting
         self._table = table
 
-    def agree(self, what: str, *words: float) -> list[tuple[float, ...]]:
+    def agree(self, what: str, *words: float, patient: bool = False) -> list[tuple[float, ...]]:
         return [tuple(float(word) for word in own) for own in self.gather(what, words)]
 
-    def gather(self, what: str, value: Any) -> list[Any]:
+    def gather(self, what: str, value: Any, patient: bool = False) -> list[Any]:
         self.places.append(what)
         self._table[self.rank] = what, packed(value)
         self._meeting.wait(PATIENCE)
@@ -50,7 +50,7 @@ class FakeWorld:
             raise RuntimeError(f"the ranks are at different places: {places}")
         return [unpacked(one) for _, one in everyone]
 
-    def broadcast(self, what: str, value: Any) -> Any:
+    def broadcast(self, what: str, value: Any, patient: bool = False) -> Any:
         return self.gather(what, value if self.rank == 0 else None)[0]
 
     def add_up_(self, tensors: Sequence[Tensor]) -> None:

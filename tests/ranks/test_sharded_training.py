@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from composefit import LoopModule, SingleDevice, Trainer
+from composefit.callbacks import EMA
 from composefit.strategies.fully_sharded import FullySharded
 from composefit.testing import assert_deterministic, assert_same_training
 from tests.laws.recipe import EVEN, RAGGED
@@ -176,6 +177,49 @@ def test_a_sharded_training_goes_on_in_another_number_of_ranks(
     four_ranks.run(train_sharded, 4, str(tmp_path), f"{tmp_path}/2.ckpt")
     resumed, _ = two_ranks.run(train_sharded, 6, str(tmp_path), f"{tmp_path}/4.ckpt")
     assert apart(resumed, through) < 1e-10
+
+
+# -- averages --------------------------------------------------------------------------------------
+
+
+class Scaled(Plain):
+    """With a weight that has no dimension to cut, and so stays whole beside those that are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def training_step(self, real: torch.Tensor) -> Any:
+        yield {"critic": self.critic(real * self.scale).pow(2).mean()}
+
+    def configure_optimizers(self) -> Any:
+        parameters = [*self.critic.parameters(), self.scale]
+        return {"critic": torch.optim.Adam(parameters, lr=0.01)}
+
+
+def averages(under: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    module, average = Scaled(), EMA(0.5)
+    Trainer(
+        strategy=under,
+        callbacks=[average],
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    ).fit(module, batches())
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in average.averaged_state_dict(module).items()
+    }
+
+
+def test_weights_that_are_cut_and_weights_that_are_whole_are_averaged_together(
+    two_ranks: RankPool,
+) -> None:
+    expected = averages(SingleDevice("cpu"))
+    for found in two_ranks.run(lambda: averages(strategy())):
+        assert apart(found, expected) < 1e-10
 
 
 # -- faults ----------------------------------------------------------------------------------------

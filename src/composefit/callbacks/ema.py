@@ -161,7 +161,8 @@ class EMA(Callback):
                     yield name, parameter
 
     def _average(self, values: Mapping[str, Tensor]) -> None:
-        alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]]
+        # Sharded tensors and whole ones cannot be taken together either.
+        alike: dict[tuple[torch.device, torch.dtype, type], tuple[list[Tensor], list[Tensor]]]
         alike = defaultdict(lambda: ([], []))
         for name, tensor in values.items():
             value = tensor.detach()
@@ -172,7 +173,7 @@ class EMA(Callback):
                 continue
             if average.device != value.device:  # from a checkpoint
                 average = self._averages[name] = average.to(value.device)
-            averages, current = alike[average.device, average.dtype]
+            averages, current = alike[average.device, average.dtype, type(average)]
             averages.append(average)
             current.append(value.to(average.dtype))
         for averages, current in alike.values():

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.distributed.rendezvous import rendezvous
 
 #: So many numbers fit into one control message.
@@ -37,6 +38,9 @@ _FAILED = -1.0
 
 # A rank that fails waits this long for the others to fail alike, or to hear of it.
 _LAST_WORD = 3.0
+
+# How long a rank waits for what may take any time: until the others come, or one has died.
+_PATIENCE = timedelta(days=365).total_seconds()
 
 #: Tensors are sent together up to this size.
 BUCKET_BYTES = 25 * 2**20
@@ -88,6 +92,7 @@ class World:
         ending: a signal that all ranks know of ends the run.
         closed: this rank has left: nothing can be sent any more.
         busy: so many sums are on their way, which the others wait for.
+        failures: how many errors of this rank the others were told of.
     """
 
     def __init__(
@@ -114,17 +119,19 @@ class World:
         self.closed = False
         self.ending = False
         self.busy = 0
+        self.failures = 0
         self._messages = 0
-        self._turns = 0
+        self._patient: dist.ProcessGroup | None = None
 
     # -- control messages ----------------------------------------------------------------------
 
-    def agree(self, what: str, *words: float) -> list[tuple[float, ...]]:
+    def agree(self, what: str, *words: float, patient: bool = False) -> list[tuple[float, ...]]:
         """Meet all ranks at a place.
 
         Args:
             what: the place, in words; equal on all ranks.
             words: numbers to tell the others, at most `WORDS`, equally many on all ranks.
+            patient: wait for the others however long they take, as long as none of them has died.
 
         Returns:
             Each rank's numbers, in rank order.
@@ -133,19 +140,27 @@ class World:
             RuntimeError: ranks are at different places.
             PeerFailed: another rank has failed, died, or did not come within the timeout.
         """
-        return self.meet(checksum(what), lambda: what, words).wait()
+        return self.meet(checksum(what), lambda: what, words, patient).wait()
 
-    def meet(self, place: int, describe: Callable[[], str], words: Sequence[float]) -> Meeting:
+    def meet(
+        self,
+        place: int,
+        describe: Callable[[], str],
+        words: Sequence[float],
+        patient: bool = False,
+    ) -> Meeting:
         """As `agree`, without waiting.
 
         Args:
             place: a checksum of the place.
             describe: the place in words, for the error where ranks are at different ones.
             words: as in `agree`.
+            patient: as in `agree`.
         """
         if len(words) > WORDS:
             raise ValueError(f"a control message holds at most {WORDS} numbers, got {len(words)}")
-        return Meeting(self, float(place), describe, words)
+        seconds = _PATIENCE if patient else self.timeout
+        return Meeting(self, float(place), describe, words, seconds)
 
     def barrier(self, what: str) -> None:
         """Wait until all ranks are here."""
@@ -155,44 +170,56 @@ class World:
         """Call a function on one rank of each machine; the others wait, however long it takes.
 
         Raises:
-            PeerFailed: it failed, or that rank has died.
+            PeerFailed: it failed on another rank, or that rank has died.
         """
-        self._turns += 1
-        key = f"composefit/turn/{self._turns}/{self.rank - self.local_rank}"
         self.agree("a turn that one rank of each machine takes")
         if self.local_rank == 0:
             function()
-            self.store.set(key, "")
-        while not self.store.check([key]):
-            if said := self._failed():
-                raise PeerFailed("; ".join(said))
-            time.sleep(0.1)
+        self.agree("the end of a turn that one rank of each machine takes", patient=True)
 
     # -- objects -------------------------------------------------------------------------------
 
-    def gather(self, what: str, value: Any) -> list[Any]:
+    def gather(self, what: str, value: Any, patient: bool = False) -> list[Any]:
         """Every rank's value, in rank order, on every rank.
 
         Args:
             what: the place, in words.
             value: is pickled; its tensors must be on the CPU.
+            patient: as in `agree`.
         """
         mine = packed(value)
-        sizes = [int(size) for (size,) in self.agree(what, len(mine))]
+        sizes = [int(size) for (size,) in self.agree(what, len(mine), patient=patient)]
         room = max(sizes)
         if not room:
             return [None] * self.size
         sent = torch.zeros(room, dtype=torch.uint8)
         sent[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
         got = [torch.empty(room, dtype=torch.uint8) for _ in range(self.size)]
-        self._waited(dist.all_gather(got, sent, group=self.control, async_op=True), lambda: what)
+        self._waited(self._exchange(got, sent), lambda: what)
         return [
             unpacked(one[:size].numpy().tobytes()) for one, size in zip(got, sizes, strict=True)
         ]
 
-    def broadcast(self, what: str, value: Any) -> Any:
-        """The value of rank 0, on every rank."""
-        return self.gather(what, value if self.rank == 0 else None)[0]
+    def broadcast(self, what: str, value: Any, patient: bool = False) -> Any:
+        """The value of rank 0, on every rank; see `gather`."""
+        return self.gather(what, value if self.rank == 0 else None, patient)[0]
+
+    def _exchange(self, got: list[Tensor], sent: Tensor, seconds: float | None = None) -> dist.Work:
+        """Begin to send a tensor to all ranks, and to get theirs, by the control group."""
+        options = AllgatherOptions()
+        options.timeout = timedelta(seconds=self.timeout if seconds is None else seconds)
+        work: dist.Work = self.control.allgather([got], [sent], options)
+        return work
+
+    def patient_group(self) -> dist.ProcessGroup:
+        """A group on the CPU for what may take any time; all ranks must ask for it the first time.
+
+        For libraries that send by themselves: a rank that waits in it is told of one that has died,
+        but not of one that hangs.
+        """
+        if self._patient is None:
+            self._patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=_PATIENCE))
+        return self._patient
 
     # -- tensors -------------------------------------------------------------------------------
 
@@ -247,6 +274,7 @@ class World:
             Whether all ranks fail at the same place: then they can still talk, to save what there
             is. Otherwise this rank has left.
         """
+        self.failures += 1
         if self.closed:
             return False
         if isinstance(error, PeerFailed) or self.busy:
@@ -254,9 +282,10 @@ class World:
             return False
         self._last_word(error)
         try:
-            met = Meeting(self, _FAILED, lambda: "", (), may_differ=True)
             # Where a signal ends all ranks, all are known to come.
-            met.wait(self.timeout if self.ending else _LAST_WORD)
+            seconds = self.timeout if self.ending else _LAST_WORD
+            met = Meeting(self, _FAILED, lambda: "", (), seconds, last=True)
+            met.wait()
         except RuntimeError:
             self.leave(error)
             return False
@@ -293,21 +322,25 @@ class World:
     def _waited(
         self, work: dist.Work | None, describe: Callable[[], str], seconds: float | None = None
     ) -> None:
-        """Wait for a message, and say what it means that it did not come."""
+        """Wait for a message, and say what it means that it did not come.
+
+        Args:
+            work: the message.
+            describe: where this rank waits.
+            seconds: how long the message may take; the timeout by default.
+        """
         if work is None:
             return
         began = time.monotonic()
         try:
-            if seconds is None:
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=seconds))
+            while seconds == _PATIENCE and not work.is_completed():
+                time.sleep(0.01)  # here a second Ctrl-C is heard
+            work.wait()
         except RuntimeError as error:
-            if seconds is not None:
-                raise
-            raise self._explained(error, describe(), time.monotonic() - began) from error
+            late = time.monotonic() - began >= 0.9 * (self.timeout if seconds is None else seconds)
+            raise self._explained(error, describe(), late) from error
 
-    def _explained(self, error: RuntimeError, what: str, waited: float) -> PeerFailed:
+    def _explained(self, error: RuntimeError, what: str, late: bool) -> PeerFailed:
         """What has become of the ranks that did not come."""
         said = self._failed()
         if not said:
@@ -319,7 +352,7 @@ class World:
         if said:
             return PeerFailed("; ".join(said) + f" (rank {self.rank} was waiting at {what})")
         names = ", ".join(f"rank {rank}" for rank in missing) or "another rank"
-        if waited >= 0.9 * self.timeout:
+        if late:
             return PeerFailed(
                 f"{names} did not come to {what} within {self.timeout:g} s, where rank {self.rank} "
                 "was waiting: it hangs, is much slower, or has gone another way. If it was just "
@@ -359,6 +392,14 @@ class World:
 class Meeting:
     """A control message on its way.
 
+    Args:
+        world: the ranks.
+        place: a number of the place.
+        describe: the place in words.
+        words: what this rank tells the others.
+        seconds: how long it may take.
+        last: this rank has failed, and does not mind where the others are.
+
     Attributes:
         places: each rank's place, once it has come.
     """
@@ -369,12 +410,14 @@ class Meeting:
         place: float,
         describe: Callable[[], str],
         words: Sequence[float],
-        may_differ: bool = False,
+        seconds: float,
+        last: bool = False,
     ) -> None:
         world._refuse_closed()
         self._world = world
         self._describe = describe
-        self._may_differ = may_differ
+        self._seconds = seconds
+        self._last = last
         self.places: list[float] = []
         world._messages += 1
         mine = world.mine
@@ -384,15 +427,18 @@ class Meeting:
         self._count = len(words)
         self._got = [torch.empty_like(sent) for _ in range(world.size)]
         self._sent = sent  # gloo reads it until the message is through
-        self._work = dist.all_gather(self._got, sent, group=world.control, async_op=True)
+        self._work = world._exchange(self._got, sent, seconds)
         self._words: list[tuple[float, ...]] | None = None
 
-    def wait(self, seconds: float | None = None) -> list[tuple[float, ...]]:
+    def wait(self) -> list[tuple[float, ...]]:
         """Each rank's words, in rank order; raises as `World.agree`."""
         if self._words is not None:
             return self._words
         world = self._world
-        world._waited(self._work, self._describe, seconds)
+        if self._last:
+            self._work.wait()
+        else:
+            world._waited(self._work, self._describe, self._seconds)
         rows = [one.tolist() for one in self._got]
         world.agreed = Says(
             signal=int(max(row[_SIGNAL] for row in rows)),
@@ -401,7 +447,7 @@ class Meeting:
         )
         self.places = [row[_PLACE] for row in rows]
         first = rows[0]
-        if not self._may_differ and any(
+        if not self._last and any(
             row[_PLACE] != first[_PLACE] or row[_COUNT] != first[_COUNT] for row in rows
         ):
             self._raise_elsewhere()
@@ -419,9 +465,7 @@ class Meeting:
         sent = torch.zeros(2000, dtype=torch.uint8)
         sent[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         got = [torch.empty_like(sent) for _ in range(world.size)]
-        world._waited(
-            dist.all_gather(got, sent, group=world.control, async_op=True), self._describe
-        )
+        world._waited(world._exchange(got, sent), self._describe)
         said = [one.numpy().tobytes().rstrip(b"\0").decode(errors="replace") for one in got]
         places = "\n".join(f"  rank {rank}: {place}" for rank, place in enumerate(said))
         raise RuntimeError(
