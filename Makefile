@@ -17,8 +17,9 @@ demo: $(VENV)/.demo ## train a GAN on handwritten digits; pictures go to runs/de
 test: lint ## lint, types and tests
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not full"
 
-laws: $(VENV)/.tests $(VENV)/.recipes ## the laws over every recipe, strategy and number of ranks (about 20 min)
+laws: $(VENV)/.tests $(VENV)/.recipes ## the laws over every recipe, strategy and number of ranks; docs/laws.md (about 25 min)
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup -m full
+	$(BIN)/python -m tests.laws.table
 
 lint: $(VENV)/.tests ## lint and types alone
 	$(BIN)/ruff check

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from composefit import Effect, LoopModule, Strategy, Trainer
+from composefit import LoopModule, Strategy, Trainer
+from composefit.callbacks import Callback
 from composefit.demo.digits import real_digits
 from composefit.demo.frechet import frechet_distance
 
@@ -58,19 +59,37 @@ def run(main: Callable[..., Result]) -> None:
     parser.add_argument("--strategy", default="auto", help="auto, single, threads, ...")
     parser.add_argument("--devices", default="auto", help="how many: threads on a CPU, or GPUs")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run at all?")
-    given = parser.parse_args()
-    result = main(**vars(given))
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="a PNG of what was learned")
+    given = vars(parser.parse_args())
+    picture = given.pop("picture")
+    if picture is None:
+        result = main(**given)
+    else:
+        from _pictures import record  # and matplotlib, for this alone
+
+        result = record(main, sys.modules[main.__module__], picture, **given)
     print(result)
-    sys.exit(not given.quick and not result.reaches(result.metric))
+    sys.exit(not given["quick"] and not result.reaches(result.metric))
 
 
-def trainer(strategy: Where, devices: int | str, **arguments: Any) -> Trainer:
+watchers: list[Callback] = []  # who looks on while a recipe trains, to draw its picture
+
+
+def trainer(
+    strategy: Where,
+    devices: int | str,
+    *,
+    callbacks: Callback | Sequence[Callback] = (),
+    **arguments: Any,
+) -> Trainer:
     """A trainer that leaves no files behind, and shows a bar where somebody looks."""
+    own = [callbacks] if isinstance(callbacks, Callback) else callbacks
     quiet: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "enable_progress_bar": sys.stderr.isatty(),
+        "callbacks": [*own, *watchers],
     }
     return Trainer(strategy=strategy, devices=devices, seed=0, **quiet | arguments)
 
@@ -100,31 +119,6 @@ def loader(*columns: Tensor, batch_size: int, shuffle: bool = True) -> Loader:
     """Batches of these tensors' rows."""
     rows: Any = TensorDataset(*columns)
     return DataLoader(rows, batch_size, shuffle=shuffle)
-
-
-# -- gradients -------------------------------------------------------------------------------------
-
-
-class Gradient(Effect[dict[str, list[Any]]]):
-    """Gradients of losses over all shards, without an update; the graphs stay.
-
-    Args:
-        losses: any name -> a loss, as in an update.
-        wrt: the parameters; None comes back for one that no shard has reached.
-    """
-
-    def __init__(self, losses: dict[str, Tensor], wrt: Iterable[Any]) -> None:
-        self.losses, self.wrt = losses, list(wrt)
-
-    def agreement(self) -> tuple[str, ...]:
-        return ("Gradient", *self.losses)
-
-    def visit(self, shard: Any) -> None:
-        for name, loss in self.losses.items():
-            shard.take(name, loss, self.wrt, retain_graph=True)
-
-    def combine(self, barrier: Any, effects: Any) -> list[dict[str, list[Any]]]:
-        return [{name: barrier.gradients(name) for name in self.losses}] * len(effects)
 
 
 # -- digits ----------------------------------------------------------------------------------------
