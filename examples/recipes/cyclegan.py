@@ -76,13 +76,14 @@ def off(scores: Tensor, wanted: float) -> Tensor:
 
 
 def block(*layers: nn.Module, width: int) -> list[nn.Module]:
+    """Without biases before the norm, which takes them out again."""
     return [*layers, nn.InstanceNorm2d(width), nn.LeakyReLU(0.2)]
 
 
 def generator(width: int) -> nn.Module:
     return nn.Sequential(
-        *block(nn.Conv2d(1, width, 3, padding=1), width=width),
-        *block(nn.Conv2d(width, width, 3, padding=1), width=width),
+        *block(nn.Conv2d(1, width, 3, padding=1, bias=False), width=width),
+        *block(nn.Conv2d(width, width, 3, padding=1, bias=False), width=width),
         nn.Conv2d(width, 1, 3, padding=1),
         nn.Tanh(),
     )
@@ -93,7 +94,7 @@ def critic(width: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, width, 4, stride=2, padding=1),
         nn.LeakyReLU(0.2),
-        *block(nn.Conv2d(width, width, 3, padding=1), width=width),
+        *block(nn.Conv2d(width, width, 3, padding=1, bias=False), width=width),
         nn.Conv2d(width, 1, 3, padding=1),
     )
 

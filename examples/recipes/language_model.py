@@ -46,7 +46,7 @@ class LanguageModel(LoopModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Scores (n, length, characters) of the next characters of ids (n, length)."""
-        x = self.characters(ids) + self.places.weight[: ids.shape[1]]
+        x = self.characters(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
         later = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], x.device, x.dtype)
         scores: Tensor = self.head(self.blocks(x, mask=later, is_causal=True))
         return scores

@@ -52,7 +52,8 @@ class MixtureOfExperts(LoopModule):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (n, length, characters), and routers' chances (n, length, layers, experts)."""
-        x, routes = self.characters(ids) + self.places.weight[: ids.shape[1]], []
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x, routes = self.characters(ids) + self.places(places), []
         for layer in self.layers:
             x, chances = layer(x, ids == END)
             routes.append(chances)

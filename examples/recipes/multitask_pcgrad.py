@@ -5,13 +5,15 @@ arXiv:2001.06782), algorithm 1. Reference: github.com/tianheyu927/PCGrad. The ta
 MultiMNIST (Sabour, Frosst and Hinton, 2017): digits lie over each other, and both are to be read.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from _common import Gradient, Loader, Result, Where, digits, loader, measure, run, trainer
+from _common import Loader, Result, Where, digits, loader, measure, run, trainer
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from composefit import LoopModule, Step
+from composefit import Gradient, Grads, LoopModule, Step
 
 
 class TwoDigits(LoopModule):
@@ -23,27 +25,30 @@ class TwoDigits(LoopModule):
         self.trunk = nn.Sequential(nn.Flatten(), *layers)
         self.heads = nn.ModuleList(nn.Linear(width, 10) for _ in range(2))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
+    def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "trunk": torch.optim.Adam(self.trunk.parameters(), lr=1e-3),
+            "heads": torch.optim.Adam(self.heads.parameters(), lr=1e-3),
+        }
 
     def training_step(self, batch: list[Tensor]) -> Step:
         images, *wanted = batch
-        losses = [F.cross_entropy(s, y) for s, y in zip(self(images), wanted, strict=True)]
-        parameters = list(self.parameters())
-        slopes = yield from Gradient({str(i): loss for i, loss in enumerate(losses)}, parameters)
-        gradient = self.surgery([flat(slope, parameters) for slope in slopes.values()])
-        yield gradient @ parameters_to_vector(parameters)  # the gradient of this loss is `gradient`
+        pairs = zip(self(images), wanted, strict=True)
+        losses = {str(i): F.cross_entropy(scores, y) for i, (scores, y) in enumerate(pairs)}
+        slopes = yield from Gradient(losses, wrt="trunk")
+        yield {"trunk": Grads(self.surgery(*slopes.values())), "heads": sum(losses.values())}
 
-    def surgery(self, slopes: list[Tensor]) -> Tensor:
+    def surgery(self, *tasks: Any) -> list[Tensor]:
         """The sum of the tasks' gradients, each without what goes against another one."""
-        changed = []
+        slopes, changed = [parameters_to_vector(own) for own in tasks], []
         for i, slope in enumerate(slopes):
             for j in self.random.shared.permutation(len(slopes)).tolist():
                 if j != i:
                     other = slopes[j]
                     slope = slope - (slope @ other).clamp(max=0) / (other @ other) * other
             changed.append(slope)
-        return torch.stack(changed).sum(0)
+        parts = torch.stack(changed).sum(0).split([g.numel() for g in tasks[0]])
+        return [part.view_as(g) for part, g in zip(parts, tasks[0], strict=True)]
 
     def test_step(self, batch: list[Tensor]) -> None:
         images, *wanted = batch
@@ -53,12 +58,6 @@ class TwoDigits(LoopModule):
     def forward(self, images: Tensor) -> list[Tensor]:
         features = self.trunk(images)
         return [head(features) for head in self.heads]
-
-
-def flat(slope: list[Tensor | None], parameters: list[nn.Parameter]) -> Tensor:
-    """Gradients as one vector; a head that a task does not use has none."""
-    pairs = zip(slope, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
 def overlaid(images: Tensor, labels: Tensor, copies: int) -> list[Tensor]:

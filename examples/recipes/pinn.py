@@ -12,32 +12,42 @@ import math
 
 import numpy as np
 import torch
-from _common import Loader, Result, Where, loader, run, trainer
+from _common import Result, Where, run, trainer
 from torch import Tensor, nn
 
-from composefit import LoopModule, Strategy
+from composefit import LoopModule, Step
 
 VISCOSITY = 0.1 / math.pi
 
 
 class PINN(LoopModule):
-    def __init__(self, width: int = 20) -> None:
+    def __init__(self, width: int = 20, by_adam: int = 300) -> None:
         super().__init__()
+        self.by_adam = by_adam
         layers: list[nn.Module] = [nn.Linear(2, width), nn.Tanh()]
         for _ in range(3):
             layers += [nn.Linear(width, width), nn.Tanh()]
         self.net = nn.Sequential(*layers, nn.Linear(width, 1))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=3e-3)
+    def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        parameters = list(self.parameters())
+        return {
+            "adam": torch.optim.Adam(parameters, lr=3e-3),
+            "lbfgs": torch.optim.LBFGS(parameters, max_iter=20, line_search_fn="strong_wolfe"),
+        }
 
     def forward(self, points: Tensor) -> Tensor:
         """The solution u (n, 1) at points (n, 2): x and t."""
         found: Tensor = self.net(points)
         return found
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        inside, edge, expected = batch
+    def training_step(self, batch: list[Tensor]) -> Step:
+        if self.global_step < self.by_adam:
+            yield {"adam": self.loss(*batch)}
+        else:
+            yield {"lbfgs": lambda: self.loss(*batch)}  # it asks as often as it likes
+
+    def loss(self, inside: Tensor, edge: Tensor, expected: Tensor) -> Tensor:
         points = inside.clone().requires_grad_()
         u = self(points)
         (slopes,) = torch.autograd.grad(u.sum(), points, create_graph=True)
@@ -46,21 +56,6 @@ class PINN(LoopModule):
         residual = u_t + u * u_x - VISCOSITY * curvatures[:, :1]
         loss: Tensor = residual.square().mean() + (self(edge) - expected).square().mean()
         return loss
-
-
-def refine(module: PINN, batch: list[Tensor], strategy: Strategy, steps: int) -> None:
-    """L-BFGS asks for the loss of all points as often as it likes."""
-    parameters = list(module.parameters())
-    lbfgs = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe")
-    with strategy:
-
-        def closure() -> Tensor:
-            loss, gradients = strategy.gradient(PINN.training_step, module, batch, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            return loss
-
-        lbfgs.step(closure)
 
 
 def solution(points: Tensor) -> Tensor:
@@ -73,14 +68,15 @@ def solution(points: Tensor) -> Tensor:
     return u
 
 
-def build(quick: bool = False, count: int = 600) -> tuple[PINN, Loader]:
+def build(quick: bool = False, count: int = 600) -> tuple[PINN, list[list[Tensor]]]:
     torch.manual_seed(0)
     inside = torch.rand(count, 2) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])
     edge = inside[torch.randperm(count)]
     at_start = torch.arange(count) % 2 == 0
     edge[at_start, 1], edge[~at_start, 0] = 0.0, edge[~at_start, 0].sign()
     expected = torch.where(at_start[:, None], -(math.pi * edge[:, :1]).sin(), 0)
-    return PINN(), loader(inside, edge, expected, batch_size=count, shuffle=False)
+    by_adam, by_lbfgs = (2, 2) if quick else (300, 30)
+    return PINN(by_adam=by_adam), [[inside, edge, expected]] * (by_adam + by_lbfgs)
 
 
 @torch.no_grad()
@@ -94,9 +90,7 @@ def error(module: PINN) -> float:
 def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = False) -> Result:
     module, batches = build(quick)
     untrained = error(module)
-    fitter = trainer(strategy, devices, max_epochs=2 if quick else 300)
-    fitter.fit(module, batches)
-    refine(module, next(iter(batches)), fitter.strategy, steps=2 if quick else 600)
+    trainer(strategy, devices, max_epochs=1).fit(module, batches)
     return Result(error(module), 0.03, "lower", untrained, "relative error")
 
 

@@ -63,7 +63,7 @@ class SAC(LoopModule):
         state, action, reward, following = moments
         price = self.temperature.exp()
         then, likelihood = self.act(following, self.random.normal(len(state), 1))
-        worth = self.judge(self.targets, following, then).amin(0)
+        worth = self.judge(self.targets, following, then.detach()).amin(0)
         goal = reward + 0.98 * (worth - price * likelihood)
         judged = self.judge(self.critics, state, action)
         yield {"critics": F.mse_loss(judged, goal.expand_as(judged))}

@@ -3,42 +3,18 @@
 Foret, Kleiner, Mobahi, Neyshabur: Sharpness-Aware Minimization for Efficiently Improving
 Generalization, 2021; reference implementation: google-research/sam.
 
-Climbing is an update like any other, by an optimizer of its own; before the second update steps,
-the weights go back. The hill is that of the whole batch, however it is cut.
+Climbing is an update like any other, by an optimizer of its own, and so is the way back. The hill
+is that of the whole batch, however it is cut.
 
 A third of the labels are wrong. The control is the same training without the climb: SGD.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _common import Loader, Result, Where, digits, loader, run, trainer
 from torch import Tensor, nn
 
-from composefit import LoopModule, Step
-
-
-class Climb(torch.optim.Optimizer):
-    """Goes up the gradient, so far in all; `back` returns to where it was."""
-
-    def __init__(self, parameters: Any, radius: float) -> None:
-        super().__init__(parameters, {"radius": radius})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            climbers = [p for p in group["params"] if p.grad is not None]
-            norm = torch.stack([p.grad.norm() for p in climbers]).norm()
-            for p in climbers:
-                self.state[p]["before"] = p.clone()
-                p.add_(p.grad * (group["radius"] / (norm + 1e-12)))
-
-    @torch.no_grad()
-    def back(self) -> None:
-        for p, state in self.state.items():
-            p.copy_(state["before"])
+from composefit import Gradient, Grads, LoopModule, Step
 
 
 class SAM(LoopModule):
@@ -50,17 +26,22 @@ class SAM(LoopModule):
         self.radius = radius
 
     def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        self.climb = Climb(self.parameters(), self.radius)
-        return {"climb": self.climb, "descend": torch.optim.SGD(self.parameters(), 0.1, 0.9)}
+        return {
+            "climb": torch.optim.SGD(self.parameters(), lr=1.0),
+            "descend": torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9),
+        }
 
     def training_step(self, batch: list[Tensor]) -> Step:
         images, labels = batch
-        yield {"climb": F.cross_entropy(self.net(images), labels)}
-        yield {"descend": F.cross_entropy(self.net(images), labels)}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer, name: str) -> None:
-        if name == "descend":
-            self.climb.back()
+        here = F.cross_entropy(self.net(images), labels)
+        slopes = yield from Gradient({"here": here}, wrt="climb")
+        length = torch.cat([slope.flatten() for slope in slopes["here"]]).norm() + 1e-12
+        uphill = [self.radius * slope / length for slope in slopes["here"]]
+        yield {"climb": Grads([-slope for slope in uphill])}
+        there = F.cross_entropy(self.net(images), labels)
+        slopes = yield from Gradient({"there": there}, wrt="descend")
+        yield {"climb": Grads(uphill)}  # back to where it was
+        yield {"descend": Grads(slopes["there"], loss=there)}
 
     def test_step(self, batch: list[Tensor]) -> None:
         images, labels = batch

@@ -4,6 +4,7 @@ Karras, Laine, Aittala, Hellsten, Lehtinen and Aila, Analyzing and Improving the
 StyleGAN (2020, arXiv:1912.04958). Reference: github.com/NVlabs/stylegan2-ada-pytorch.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,16 +24,18 @@ class StyleGAN2(LoopModule):
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.generator = Generator(width)
+        layers = nn.Linear(NOISE, STYLE), nn.LeakyReLU(0.2), nn.Linear(STYLE, STYLE)
+        self.mapping, self.synthesis = nn.Sequential(*layers), Synthesis(width)
         body = conv(1, width, 3), conv(width, width, 4), Spread(), conv(width + 1, width, 4)
         self.critic = nn.Sequential(*body, nn.Flatten(), nn.Linear(4 * width, 1))
         self.path_mean: Tensor = nn.Buffer(torch.zeros(()))
 
     def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        generator = chain(self.mapping.parameters(), self.synthesis.parameters())
         c, g = R1_EVERY / (R1_EVERY + 1), PATHS_EVERY / (PATHS_EVERY + 1)  # the extra steps count
         return {
             "critic": torch.optim.Adam(self.critic.parameters(), 5e-3 * c, (0.0, 0.99**c)),
-            "generator": torch.optim.Adam(self.generator.parameters(), 5e-3 * g, (0.0, 0.99**g)),
+            "generator": torch.optim.Adam(generator, 5e-3 * g, (0.0, 0.99**g)),
         }
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Step:
@@ -55,27 +58,25 @@ class StyleGAN2(LoopModule):
 
     def draw(self, n: int) -> tuple[Tensor, Tensor]:
         """Images (n, 1, 8, 8), and the styles that made them (n, layers, STYLE): often of two."""
-        early, late = (self.generator.mapping(self.random.normal(n, 1, NOISE)) for _ in range(2))
+        early, late = (self.mapping(self.random.normal(n, 1, NOISE)) for _ in range(2))
         coins = self.random.shared
         at = int(coins.integers(low=1, high=3)) if coins.uniform() < 0.9 else 3
         styles = torch.cat([early.expand(-1, at, -1), late.expand(-1, 3 - at, -1)], 1)
-        return self.generator(styles, [self.random.normal(n, 1, s, s) for s in SIZES]), styles
+        return self.synthesis(styles, [self.random.normal(n, 1, s, s) for s in SIZES]), styles
 
     def follow(self, lengths: Tensor) -> Tensor:
         self.path_mean = self.path_mean.lerp(lengths.mean(), 0.1)
         return self.path_mean
 
     def forward(self, noise: Tensor) -> Any:
-        return self.generator(self.generator.mapping(noise.unsqueeze(1)).expand(-1, 3, -1))
+        return self.synthesis(self.mapping(noise.unsqueeze(1)).expand(-1, 3, -1))
 
 
-class Generator(nn.Module):
+class Synthesis(nn.Module):
     """Convolutions whose weights each sample's styles scale, and then norm (section 2.2)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        first, last = nn.Linear(NOISE, STYLE), nn.Linear(STYLE, STYLE)
-        self.mapping = nn.Sequential(first, nn.LeakyReLU(0.2), last)
         self.start, self.ink = nn.Parameter(torch.randn(width, 4, 4)), nn.Conv2d(width, 1, 1)
         self.weights = nn.Parameter(torch.randn(3, width, width, 3, 3) / (9 * width) ** 0.5)
         self.biases = nn.Parameter(torch.zeros(3, width, 1, 1))

@@ -8,10 +8,10 @@ github.com/CompVis/taming-transformers. Without the perceptual loss, which needs
 
 import torch
 import torch.nn.functional as F
-from _common import Gradient, Loader, Result, Where, digits, loader, measure, norm, run, trainer
+from _common import Loader, Result, Where, digits, loader, measure, norm, run, trainer
 from torch import Tensor, nn
 
-from composefit import LoopModule, Once, Step
+from composefit import Gradient, LoopModule, Once, Step
 
 
 class VQGAN(LoopModule):
@@ -39,7 +39,7 @@ class VQGAN(LoopModule):
         if judged:
             fooled = -self.critic(copies).mean()
             losses = {"difference": difference, "fooled": fooled}
-            slopes = yield from Gradient(losses, wrt=[self.decoder[-1].weight])
+            slopes = yield from Gradient(losses, wrt=self.decoder[-1].weight)
             balance = slopes["difference"][0].norm() / (slopes["fooled"][0].norm() + 1e-4)
             loss = difference + 0.8 * balance.clamp(0, 1e4) * fooled
         yield {"coder": loss + 0.25 * (z - codes).square().mean()}
@@ -74,6 +74,7 @@ class Codebook(nn.Module):
         self.counts = decay * self.counts + (1 - decay) * choices.sum(0)
         alive = (self.counts > 0.01)[:, None]  # at first none is; who is not begins anew
         fresh = z[torch.randint(len(z), (len(self.codes),))]
+        fresh = fresh + 0.01 * torch.randn_like(fresh)  # no two codes are equally close
         self.codes = torch.where(alive, sums / self.counts[:, None].clamp(min=0.01), fresh)
 
 

@@ -102,6 +102,7 @@ class Evaluation:
         try:
             with quiet, trainer.hearing(self.logs), trainer.profiled_as(name):
                 yield
+            self._finish()
             if self.sanity_checking:
                 self._put_back(metrics)
             elif self._metrics is not None:
@@ -118,6 +119,12 @@ class Evaluation:
                 trainer.training.pause(time.monotonic() - began)
             for part, training in modes.items():
                 part.training = training
+
+    def _finish(self) -> None:
+        """What the steps of this rank have written, all ranks must have written."""
+        driver = self._drivers.get(self._name)
+        if driver is not None and driver.ranks is not None:
+            driver.ranks.finish()
 
     def _put_back(self, metrics: list[_Metric]) -> None:
         for one in metrics:

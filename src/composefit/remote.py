@@ -239,9 +239,9 @@ class _Ended:
             raise AttributeError(name)
         raise RuntimeError(
             "this training has run in processes of its own, which have ended, and no step can be "
-            "added to it here: call trainer.fit, with ckpt_path to go on from a checkpoint; or, for "
-            "a loop that calls trainer.step, give the loop to trainer.run, or start the script "
-            "with torchrun"
+            "added to it here: call trainer.fit, with ckpt_path to go on from a checkpoint; or, "
+            "for a loop that calls trainer.step, give the loop to trainer.run, or start the "
+            "script with torchrun"
         )
 
 

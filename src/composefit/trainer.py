@@ -40,7 +40,7 @@ from composefit.profilers import Profiler, as_profiler
 from composefit.ranks import World
 from composefit.replicas import RankMetrics
 from composefit.results import print_results
-from composefit.running import Run, running
+from composefit.running import Run, in_job, running
 from composefit.sources import Sources
 from composefit.strategies import Strategy, choose
 from composefit.training import Training
@@ -293,10 +293,11 @@ class Trainer:
             given |= {"datamodule": datamodule, "ckpt_path": ckpt_path}
             remote.call(self, "fit", module, given)
             return
-        state = snapshot.read(self, ckpt_path)
-        # Where nobody has to set up data first, loaders that cannot be are refused now.
-        ready = self._fit_loop(module, sources) if sources.given_directly else None
-        self._attach(module, sources.datamodule)
+        with in_job(self):
+            state = snapshot.read(self, ckpt_path)
+            # Where nobody has to set up data first, loaders that cannot be are refused now.
+            ready = self._fit_loop(module, sources) if sources.given_directly else None
+            self._attach(module, sources.datamodule)
         with running(self, module, "fit", sources.datamodule):
             if state is not None and sources.datamodule is not None:
                 sources.datamodule.load_state_dict(state[1].get("data", {}))
@@ -369,8 +370,11 @@ class Trainer:
             given = {"dataloaders": dataloaders, "datamodule": datamodule, "ckpt_path": ckpt_path}
             given["return_predictions"] = return_predictions
             return self._launched("predict", model, given)  # type: ignore[no-any-return]
-        module, sources, state = self._prepare("predict", model, dataloaders, datamodule, ckpt_path)
-        self._attach(module, sources.datamodule)
+        with in_job(self):
+            module, sources, state = self._prepare(
+                "predict", model, dataloaders, datamodule, ckpt_path
+            )
+            self._attach(module, sources.datamodule)
         with running(self, module, "predict", sources.datamodule):
             loop = PredictLoop(
                 self._several(sources, "predict", self.limit_predict_batches), return_predictions
@@ -399,8 +403,9 @@ class Trainer:
         self._refuse_to_run_twice("run")
         if self._launches():
             return remote.call(self, "run", module, {"loop": loop, "ckpt_path": ckpt_path})
-        state = snapshot.read(self, ckpt_path)
-        self._attach(module, None)
+        with in_job(self):
+            state = snapshot.read(self, ckpt_path)
+            self._attach(module, None)
         with running(self, module, loop.stage, None):
             self._begin(module, loop, state)
             return loop.run(self, module)
@@ -1010,11 +1015,14 @@ class Trainer:
             given = {"dataloaders": dataloaders, "ckpt_path": ckpt_path, "verbose": verbose}
             given["datamodule"] = datamodule
             return self._launched(stage, module, given)  # type: ignore[no-any-return]
-        module, sources, state = self._prepare(stage, module, dataloaders, datamodule, ckpt_path)
         name, limit = ("val", self.limit_val_batches)
         if stage == "test":
             name, limit = ("test", self.limit_test_batches)
-        self._attach(module, sources.datamodule)
+        with in_job(self):
+            module, sources, state = self._prepare(
+                stage, module, dataloaders, datamodule, ckpt_path
+            )
+            self._attach(module, sources.datamodule)
         with running(self, module, stage, sources.datamodule):
             loop = EvaluateLoop(self._several(sources, name, limit), stage)
             snapshot.load_weights(self, module, state)

@@ -218,7 +218,9 @@ def launched(kind: str, processes: int) -> Strategy:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [{"steps": 4}, {"stop": "step on rank 0"}, {"stop": "step on rank 1"}])
+@pytest.mark.parametrize(
+    "how", [{"steps": 4}, {"stop": "step on rank 0"}, {"stop": "step on rank 1"}]
+)
 def test_launched_with_workers_stopped_and_resumed_it_ends_with_the_same_bits(
     tmp_path: Path, kind: str, how: dict[str, Any]
 ) -> None:

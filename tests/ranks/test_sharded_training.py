@@ -187,6 +187,7 @@ class Scaled(Plain):
 
     def __init__(self) -> None:
         super().__init__()
+        self.generator.requires_grad_(False)
         self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
 
     def training_step(self, real: torch.Tensor) -> Any:

@@ -218,13 +218,16 @@ class EMA(Callback):
         # Another module than the one that was averaged is evaluated as it is.
         others = self._owner is not None and self._owner() is not module
         if self._stand_in is None and self._averages and not others:
-            self._place(trainer, module)
-            self._stand_in = StandIn(module, self._tensors(module), self._averages)
+            # A sharded tensor cannot be detached in inference mode.
+            with torch.inference_mode(False):
+                self._place(trainer, module)
+                self._stand_in = StandIn(module, self._tensors(module), self._averages)
 
     def _step_back(self) -> None:
         stand_in, self._stand_in = self._stand_in, None
         if stand_in is not None:
-            stand_in.put_back()
+            with torch.inference_mode(False):
+                stand_in.put_back()
 
     def _tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """What may have an average, by its name in the module; tied parameters once."""

@@ -252,7 +252,9 @@ class Lockstep:
             messages.warn_of_foreign_mean(self._foreign_means[0], self.shards)
             self._foreign_means.clear()
         self._first = False
-        results = effect.combine(self.barrier, ranks.effects())
+        everybodys = ranks.effects()
+        with ranks.at_barrier():
+            results = effect.combine(self.barrier, everybodys)
         return [results[shard.index] for shard in self.shards]
 
     def _meet(self, ranks: Ranks) -> None:

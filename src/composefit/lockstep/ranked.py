@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,7 +145,7 @@ class Ranks:
             return [list(of_ranks) for of_ranks in zip(*theirs, strict=True)]
         group = getattr(lock.owner, "samples_per_group", 1)
         return [
-            [sum(tree.shard_sizes(size, lanes, most, group), []) for size in by_rank]
+            [list(chain(*tree.shard_sizes(size, lanes, most, group))) for size in by_rank]
             for by_rank in sizes
         ]
 

@@ -297,6 +297,8 @@ class _GradientJob:
         try:
             state = torch.get_rng_state()
             key = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+            if (world := self.driver.lanes.world) is not None:
+                key = int(world.broadcast("the seed of a gradient", key))
             # Draws on an accelerator or from a LoopModule's own streams are not seen.
             self.drew = self.driver.is_loop or self.driver.device_type != "cpu"
             self.driver.seed_anew(key)

@@ -1,12 +1,13 @@
 """Recipes of `examples/recipes` in reduced size, their own steps: those of part 1 of the gallery.
 
 Smaller networks, GroupNorm where they have BatchNorm, and SGD, which does not divide by gradients
-that are nothing but rounding. Each is compared with a loop written by hand; those that draw within
-`Once`, from a stream that a loop by hand does not have, with one shard on one device.
+that are nothing but rounding. Each is compared with a loop written by hand, which draws what a
+trainer with seed 0 draws.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import SGD
 
 from composefit import LoopModule
+from composefit.lockstep.streams import ONCE
+from composefit.random import hash_key
 from tests.laws.recipe import Draws, Recipe
 from tests.laws.recipes.adversarial import draws_of_steps
 from tests.laws.recipes.gallery import example
@@ -34,9 +37,10 @@ def reduced(
 
     def module() -> LoopModule:
         made = make(example(name))
-        own = made.configure_optimizers()
+        originals = made.configure_optimizers
 
         def configure_optimizers() -> Any:
+            own = originals()
             if isinstance(own, dict):
                 return {name: SGD(parameters_of(own[name]), lr=lr) for name, lr in rates.items()}
             return SGD((p for p in made.parameters() if p.requires_grad), lr=rates["rate"])
@@ -115,16 +119,17 @@ def wgan_gp(module: Any, batches: Sequence[Any]) -> Iterator[None]:
 
 def stylegan2(module: Any, batches: Sequence[Any]) -> Iterator[None]:
     critic = SGD(module.critic.parameters(), lr=0.02)
-    generator = SGD(module.generator.parameters(), lr=0.02)
+    drawing = chain(module.mapping.parameters(), module.synthesis.parameters())
+    generator = SGD(drawing, lr=0.02)
     path_mean = torch.zeros((), dtype=torch.float64)
 
     def draw(random: Any, n: int) -> tuple[Tensor, Tensor]:
-        first, second = (module.generator.mapping(random.normal(n, 1, 32)) for _ in range(2))
+        first, second = (module.mapping(random.normal(n, 1, 32)) for _ in range(2))
         mixed = random.shared.uniform() < 0.9
         at = random.shared.integers(low=1, high=3).item() if mixed else 3
         styles = torch.cat([first] * at + [second] * (3 - at), 1)
         noise = [random.normal(n, 1, s, s) for s in (4, 8, 8)]
-        return module.generator(styles, noise), styles
+        return module.synthesis(styles, noise), styles
 
     draws = draws_of_steps(len(batches))
     for i, ((real, _), random) in enumerate(zip(batches, draws, strict=True)):
@@ -144,6 +149,85 @@ def stylegan2(module: Any, batches: Sequence[Any]) -> Iterator[None]:
             real = real.clone().requires_grad_()
             (slope,) = torch.autograd.grad(module.critic(real).sum(), real, create_graph=True)
             step(critic, 8 * slope.square().sum((1, 2, 3)).mean())
+        yield
+
+
+# -- CycleGAN --------------------------------------------------------------------------------------
+
+
+def draws_of_once(count: int) -> Iterator[torch.Generator]:
+    """What draws within `Once`, in each step of a trainer with seed 0."""
+    for i in range(count):
+        yield torch.Generator().manual_seed(hash_key(0, ONCE, i))
+
+
+def cyclegan(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    translators = chain(module.a_to_b.parameters(), module.b_to_a.parameters())
+    judges = chain(module.critic_a.parameters(), module.critic_b.parameters())
+    generators, critics = SGD(translators, lr=0.02), SGD(judges, lr=0.02)
+    pools: tuple[list[Tensor], ...] = ([], [])
+
+    def exchanged(images: Tensor, pool: list[Tensor], draws: torch.Generator) -> Tensor:
+        out = []
+        for image in images.detach():
+            if len(pool) < 8:
+                pool.append(image)
+            elif torch.rand((), generator=draws) < 0.5:
+                j = int(torch.randint(8, (), generator=draws))
+                image, pool[j] = pool[j], image
+            out.append(image)
+        return torch.stack(out)
+
+    def squares(scores: Tensor, wanted: float) -> Tensor:
+        return F.mse_loss(scores, torch.full_like(scores, wanted))
+
+    for (a, b), draws in zip(batches, draws_of_once(len(batches)), strict=True):
+        of_a, of_b = module.critic_a, module.critic_b
+        fake_a, fake_b = module.b_to_a(b), module.a_to_b(a)
+        cycle = F.l1_loss(module.b_to_a(fake_b), a) + F.l1_loss(module.a_to_b(fake_a), b)
+        step(generators, squares(of_a(fake_a), 1) + squares(of_b(fake_b), 1) + 10 * cycle)
+        old_a, old_b = (
+            exchanged(*pair, draws) for pair in zip((fake_a, fake_b), pools, strict=True)
+        )
+        loss = squares(of_a(a), 1) + squares(of_a(old_a), 0)
+        step(critics, 0.5 * (loss + squares(of_b(b), 1) + squares(of_b(old_b), 0)))
+        yield
+
+
+# -- VQ-GAN ----------------------------------------------------------------------------------------
+
+
+def vqgan(module: Any, batches: Sequence[Any]) -> Iterator[None]:
+    coder = SGD(chain(module.encoder.parameters(), module.decoder.parameters()), lr=0.05)
+    critic = SGD(module.critic.parameters(), lr=0.05)
+    codes, counts = module.book.codes.clone(), module.book.counts.clone()
+    last = module.decoder[-1].weight
+    for i, ((x, _), draws) in enumerate(zip(batches, draws_of_once(len(batches)), strict=True)):
+        z = module.encoder(x)
+        rows = z.permute(0, 2, 3, 1).reshape(-1, len(codes[0]))
+        chosen = (rows[:, None] - codes).square().sum(2).argmin(1)
+        code = codes[chosen].view(len(x), *z.shape[2:], -1).permute(0, 3, 1, 2)
+        copies = module.decoder(code.detach() + z - z.detach())
+        loss = F.l1_loss(copies, x)
+        if i >= 2:
+            fooled = -module.critic(copies).mean()
+            ours, theirs = (
+                torch.autograd.grad(one, last, retain_graph=True)[0].norm()
+                for one in (loss, fooled)
+            )
+            loss = loss + 0.8 * (ours / (theirs + 1e-4)).clamp(0, 1e4) * fooled
+        step(coder, loss + 0.25 * F.mse_loss(z, code))
+        if i >= 2:
+            hinges = F.relu(1 - module.critic(x)), F.relu(1 + module.critic(copies.detach()))
+            step(critic, 0.5 * (hinges[0].mean() + hinges[1].mean()))
+        rows = rows.detach()
+        fresh = rows[torch.randint(len(rows), (len(codes),), generator=draws)]
+        fresh += 0.01 * torch.randn(codes.shape, generator=draws, dtype=codes.dtype)
+        for j in range(len(codes)):
+            own = rows[chosen == j]
+            total = 0.95 * counts[j] * codes[j] + 0.05 * own.sum(0)
+            counts[j] = 0.95 * counts[j] + 0.05 * len(own)
+            codes[j] = total / counts[j] if counts[j] > 0.01 else fresh[j]
         yield
 
 
@@ -273,26 +357,25 @@ def overlaid(sizes: list[int]) -> list[Any]:
 
 
 def multitask_pcgrad(module: Any, batches: Sequence[Any]) -> Iterator[None]:
-    parameters = list(module.parameters())
+    trunk = list(module.trunk.parameters())
+    heads = SGD(module.heads.parameters(), lr=0.1)
     against = 0
     for x, *wanted in batches:
         features = module.trunk(x)
-        slopes = []
-        for head, y in zip(module.heads, wanted, strict=True):
-            loss = F.cross_entropy(head(features), y)
-            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            pairs = zip(found, parameters, strict=True)
-            slopes.append(
-                parameters_to_vector([torch.zeros_like(p) if g is None else g for g, p in pairs])
-            )
-        a, b = slopes
+        pairs = zip(module.heads, wanted, strict=True)
+        losses = [F.cross_entropy(head(features), y) for head, y in pairs]
+        a, b = (
+            parameters_to_vector(torch.autograd.grad(loss, trunk, retain_graph=True))
+            for loss in losses
+        )
         dot = a @ b
         against += bool(dot < 0)
         if dot < 0:
             a, b = a - dot / (b @ b) * b, b - dot / (a @ a) * a
+        step(heads, sum(losses, torch.zeros(())))
         with torch.no_grad():
-            change = (a + b).split([p.numel() for p in parameters])
-            for p, g in zip(parameters, change, strict=True):
+            change = (a + b).split([p.numel() for p in trunk])
+            for p, g in zip(trunk, change, strict=True):
                 p -= 0.1 * g.view_as(p)
         yield
     assert 0 < against < len(batches)  # both kinds have occurred
@@ -334,12 +417,12 @@ RECIPES = {
     "CycleGAN": Recipe(
         reduced("cyclegan", lambda f: f.CycleGAN(4, pool=8), generators=0.02, critics=0.02),
         pairs_of_images,
-        None,
+        cyclegan,
     ),
     "VQ-GAN": Recipe(
         reduced("vqgan", lambda f: f.VQGAN(8, "group", critic_from=2), coder=0.05, critic=0.05),
         images,
-        None,
+        vqgan,
     ),
     "diffusion": Recipe(
         reduced("diffusion", lambda f: f.Diffusion(16), rate=0.1), images, diffusion
@@ -357,6 +440,8 @@ RECIPES = {
     "LoRA": Recipe(reduced("lora", make_lora, rate=0.5), labelled_lines, lora),
     "distillation": Recipe(reduced("distillation", make_student, rate=0.05), images, distillation),
     "PCGrad": Recipe(
-        reduced("multitask_pcgrad", make_two_digits, rate=0.1), overlaid, multitask_pcgrad
+        reduced("multitask_pcgrad", make_two_digits, trunk=0.1, heads=0.1),
+        overlaid,
+        multitask_pcgrad,
     ),
 }

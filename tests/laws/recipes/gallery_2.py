@@ -335,10 +335,14 @@ def points(sizes: list[int]) -> list[Any]:
 
 class PINN(pinn.PINN):  # type: ignore[misc]
     def __init__(self) -> None:
-        super().__init__(width=4)
+        super().__init__(width=4, by_adam=4)
 
-    def configure_optimizers(self) -> SGD:
-        return SGD(self.parameters(), lr=0.05)
+    def configure_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"adam": SGD(self.parameters(), lr=0.05), "lbfgs": l_bfgs(self)}
+
+
+def l_bfgs(module: nn.Module) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(module.parameters(), max_iter=4, line_search_fn="strong_wolfe")
 
 
 def burgers(module: nn.Module, batch: list[Tensor]) -> Tensor:
@@ -357,9 +361,19 @@ def burgers(module: nn.Module, batch: list[Tensor]) -> Tensor:
 
 
 def pinn_by_hand(module: PINN, batches: list[Any]) -> Iterator[None]:
-    optimizer = SGD(module.parameters(), lr=0.05)
-    for batch in batches:
-        step(optimizer, burgers(module, batch))
+    optimizer, lbfgs = SGD(module.parameters(), lr=0.05), l_bfgs(module)
+    for i, batch in enumerate(batches):
+
+        def closure(batch: list[Tensor] = batch) -> Tensor:
+            lbfgs.zero_grad()
+            loss = burgers(module, batch)
+            loss.backward()
+            return loss
+
+        if i < 4:
+            step(optimizer, burgers(module, batch))
+        else:
+            lbfgs.step(closure)
         yield
 
 
