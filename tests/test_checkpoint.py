@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from composefit import checkpoint
+from composefit import checkpoint, sharded_checkpoint
 
 
 class Colour(enum.Enum):
@@ -553,8 +553,86 @@ def test_an_interrupted_write_leaves_no_file(path: Path, error: type[BaseExcepti
     assert checkpoint.load(path) == {"x": 1}
 
 
-def test_a_folder_in_the_files_place_is_an_error_before_anything_is_written(path: Path) -> None:
+# -- folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "notes.txt"])
+def test_a_folder_in_the_files_place_is_an_error_before_anything_is_written(
+    path: Path, content: str
+) -> None:
     path.mkdir()
+    if content:
+        (path / content).write_text("mine")
     with pytest.raises(IsADirectoryError, match="give the name of a file"):
         checkpoint.save(path, {"x": 1})
     assert files(path.parent) == ["last.ckpt"]
+    assert files(path) == ([content] if content else [])
+
+
+def sharded(path: Path, step: int = 3) -> Path:
+    sharded_checkpoint.save(path, {"step": step}, {"x": torch.arange(4.0)})
+    return path
+
+
+def test_a_file_takes_the_place_of_a_sharded_checkpoint_and_leaves_nothing(path: Path) -> None:
+    sharded(path)
+    sharded(path.with_name(".last.ckpt.previous"))  # of an earlier death
+    checkpoint.save(path, {"step": 4})
+    assert files(path.parent) == ["last.ckpt"]
+    assert checkpoint.load(path) == {"step": 4}
+    assert not sharded_checkpoint.is_sharded(path)
+
+
+def test_a_link_to_a_sharded_checkpoint_is_replaced_and_not_what_it_leads_to(path: Path) -> None:
+    path.symlink_to(sharded(path.with_name("best.ckpt")))
+    checkpoint.save(path, {"step": 4})
+    assert files(path.parent) == ["best.ckpt", "last.ckpt"]
+    assert checkpoint.load(path) == {"step": 4}
+    assert sharded_checkpoint.load(path.with_name("best.ckpt"))[0] == {"step": 3}
+
+
+FOLDER_MOMENTS = MOMENTS | {"before_the_folder_is_removed": "checkpoint._sync_folder = die"}
+
+
+@pytest.mark.parametrize("moment", FOLDER_MOMENTS)
+def test_kill_9_while_a_sharded_checkpoint_is_replaced_keeps_one_of_the_two(
+    path: Path, moment: str
+) -> None:
+    sharded(path)
+    run_and_die(f"{FOLDER_MOMENTS[moment]}\ncheckpoint.save(path, state)", path)
+    assert len(files(path.parent)) == 2  # it died where it should
+    if moment == "before_the_folder_is_removed":
+        assert same(checkpoint.load(path), {"weights": torch.full((100_000,), 2.0)})
+    else:
+        assert path.exists() is (moment != "before_the_rename")
+        assert sharded_checkpoint.is_sharded(path)
+        assert sharded_checkpoint.load(path)[0] == {"step": 3}
+    checkpoint.save(path, {"next": 1})
+    assert files(path.parent) == ["last.ckpt"]
+    assert checkpoint.load(path) == {"next": 1}
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_an_error_while_a_sharded_checkpoint_is_replaced_leaves_it_where_it_was(
+    path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    sharded(path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save(path, {"step": 4})
+    assert files(path.parent) == ["last.ckpt"]
+    assert sharded_checkpoint.load(path)[0] == {"step": 3}
+
+
+def test_a_folder_of_the_users_with_the_name_for_the_old_one_is_left_alone(path: Path) -> None:
+    aside = path.with_name(".last.ckpt.previous")
+    aside.mkdir()
+    (aside / "notes.txt").write_text("mine")
+    for step in (1, 2):
+        checkpoint.save(path, {"step": step})
+    assert files(aside) == ["notes.txt"]

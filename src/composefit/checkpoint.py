@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import secrets
+import shutil
 import sys
 import zipfile
 from collections import OrderedDict
@@ -29,6 +30,9 @@ if sys.platform != "win32":
 
 #: The version of what a trainer writes; it stands in the file under `"composefit_checkpoint"`.
 FORMAT = 1
+
+#: What a sharded checkpoint, which is a folder, has its plain data in.
+STATE = "state.ckpt"
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -262,16 +266,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     forced to the disk, and renamed. What killed processes left of such files for the same `path`
     is removed.
 
+    A sharded checkpoint, which is a folder, is replaced too, but no other folder is. That takes
+    two renames: who is killed between them leaves it as `.NAME.previous`, where it is looked for.
+
     Yields:
         The file, open for writing bytes.
 
     Raises:
+        IsADirectoryError: there is a folder at `path`, and it is no sharded checkpoint.
         OSError: from the file system; with every error, what was at `path` before is unchanged.
     """
     path = Path(path)
+    aside = path.with_name(f".{path.name}.previous")
+    moved = False
     file: BinaryIO | None = None
     try:
-        if path.is_dir():
+        if path.is_dir() and not (path / STATE).is_file():
             raise IsADirectoryError(f"{path} is a folder: give the name of a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -281,10 +291,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         if sys.platform == "win32":  # there, an open file cannot be renamed
             file.close()
+        if path.is_dir() and not path.is_symlink():
+            _remove(aside)
+            moved = True  # said first, since a signal may come in between
+            path.rename(aside)
         os.replace(file.name, path)
     except BaseException as error:
         cure = _cure(error) if isinstance(error, OSError) else ""
         error.add_note(f"while {path} was written; what was there before is unchanged{cure}")
+        if moved:
+            with suppress(OSError):
+                aside.rename(path)
         if file is not None:
             with suppress(OSError):
                 os.unlink(file.name)
@@ -294,6 +311,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with suppress(OSError):  # after a full disk: what is buffered still does not fit
                 file.close()
     _sync_folder(path.parent)
+    if moved or (aside / STATE).is_file():
+        _remove(aside)
 
 
 def plain_name(name: str) -> str:
@@ -350,6 +369,13 @@ def _remove_leftovers(path: Path) -> None:
             with suppress(OSError), open(found, "r+b") as file:
                 if _lock(file, wait=False):
                     found.unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lock(file: BinaryIO, wait: bool = True) -> bool:

@@ -39,7 +39,7 @@ if sys.platform != "win32":
     import fcntl
 
 #: The file of plain data within the folder.
-STATE = "state.ckpt"
+STATE = checkpoint.STATE
 
 #: The version of the folder's layout; it stands in `state.ckpt`.
 FORMAT = 1

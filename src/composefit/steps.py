@@ -67,8 +67,8 @@ def as_effect(value: object, returned: bool) -> Effect[Any] | None:
     elif value is None:
         hint = ": to skip a step, `return`"
     raise TypeError(
-        f"training_step {verb} {describe(value)}, expected a loss (0-dim tensor, Mean, Sum, a "
-        f"function that returns one), {{name: loss}} or an effect (Update, Gather, Once, ...){hint}"
+        f"training_step {verb} {describe(value)}, expected a loss (0-dim tensor, Mean, Sum), "
+        f"{{name: loss}} or an effect (Update, Gather, Once, ...){hint}"
     )
 
 

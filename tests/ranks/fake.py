@@ -31,6 +31,7 @@ class FakeWorld:
         self.size = size
         self.device = torch.device("cpu")
         self.closed = False
+        self.failures = 0
         self.mine, self.agreed = Says(), Says()
         self.places: list[str] = []
         self._meeting = meeting
@@ -65,6 +66,7 @@ class FakeWorld:
 
     def fail(self, error: BaseException) -> bool:
         self.closed = True
+        self.failures += 1
         return False
 
     def barrier(self, what: str) -> None:

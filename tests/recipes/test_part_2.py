@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from composefit import Mean, SingleDevice, Strategy, ThreadDataParallel
@@ -83,31 +82,6 @@ def test_step_is_that_of_the_loop_by_hand(name: str, strategy: Callable[[], Stra
     recipe = RECIPES[name]
     batches = recipe.batches(RAGGED)
     assert assert_same_training(recipe.make, batches, [strategy()], recipe.by_hand) <= 1e-10
-
-
-@every_strategy
-def test_l_bfgs_is_that_of_the_loop_by_hand(strategy: Callable[[], Strategy]) -> None:
-    (batch,) = gallery_2.points([20])
-
-    def module() -> gallery_2.PINN:
-        torch.manual_seed(0)
-        return gallery_2.PINN().double()
-
-    by_hand, found = module(), module()
-    lbfgs = torch.optim.LBFGS(by_hand.parameters(), max_iter=8, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        lbfgs.zero_grad()
-        loss = gallery_2.burgers(by_hand, batch)
-        loss.backward()
-        return loss
-
-    start = closure()
-    lbfgs.step(closure)
-    assert closure() < 0.9 * start
-    gallery_2.pinn.refine(found, batch, strategy(), steps=8)
-    for parameter, expected in zip(found.parameters(), by_hand.parameters(), strict=True):
-        assert (parameter - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 # -- and what breaks it ----------------------------------------------------------------------------

@@ -345,9 +345,9 @@ class Stepper:
         if bad:
             share = f"{len(bad)} of {len(parameters)} parameters"
             first = f", first in the gradient of {bad[0]} ({share})"
+        value = "gradients given" if loss is None else f"loss {loss.item():.4g}"
         return FloatingPointError(
-            f"the update of {name!r} in step {step} is not finite: "
-            f"{'gradients given' if loss is None else f'loss {loss.item():.4g}'}{first}. "
+            f"the update of {name!r} in step {step} is not finite: {value}{first}. "
             "No weight was changed. Lower the learning rate, clip (gradient_clip_val=...), look "
             'for log(0) or a division by zero; Trainer(on_nonfinite="skip") leaves such updates out'
         )
