@@ -78,6 +78,7 @@ def test_downstream_project_runs_with_the_wheel(python: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_downstream_project_type_checks_with_the_wheel(python: Path, tmp_path: Path) -> None:
     options = ["--config-file", DOWNSTREAM / "pyproject.toml", "--cache-dir", tmp_path / "cache"]
     printed = run(python, "-m", "mypy", *options, DOWNSTREAM / "rings.py", cwd=tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -314,10 +314,18 @@ def test_the_end_of_a_run_that_was_stopped_before_its_last_hooks() -> None:
     assert stopped("GAN", "one shard", stops=[8], via=["exception", "signal"]) == 2
 
 
+def sampled() -> Iterator[Any]:
+    """Each recipe under one strategy in every run of the tests, all of them with `make laws`."""
+    for i, recipe in enumerate(RECIPES):
+        for j, strategy in enumerate(STRATEGIES):
+            for accumulate in (1, 2):
+                sample = (i - j) % len(STRATEGIES) == 0 and accumulate == 1 + i % 2
+                marks = () if sample else pytest.mark.full
+                yield pytest.param(recipe, strategy, accumulate, marks=marks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-@every_strategy
-@every_recipe
+@pytest.mark.parametrize(("recipe", "strategy", "accumulate"), sampled())
 def test_every_step_by_every_way(recipe: str, strategy: str, accumulate: int) -> None:
     ways = ["exception", "signal", "max_steps", "should_stop", "validation"]
     interval = 2 if accumulate == 1 else 1.0

@@ -10,7 +10,7 @@ from tests.laws.recipes.gallery import FOLDER
 from tests.ranks.pool import closing_pools
 
 # In every run of the tests, in two ranks of either kind; all of them with `make laws`.
-SAMPLE = ["WGAN-GP, fresh batches", "PCGrad", "MoCo, of the gallery", "SAC", "PINN", "SAM"]
+SAMPLE = ["WGAN-GP, fresh batches", "PCGrad", "SAM"]
 RANKS = [place for place in PLACES if PLACES[place].ranks > 1]
 
 
@@ -40,7 +40,7 @@ def test_recipes_in_two_ranks_train_as_the_loop_by_hand(place: str) -> None:
         assert max(measured(reduced, SAMPLE, place).values()) <= BOUND
 
 
-@pytest.mark.parametrize("place", ["3 shards in a row", "2 threads"])
+@pytest.mark.parametrize("place", ["2 threads"])
 @pytest.mark.parametrize("name", ["DCGAN", "diffusion"])
 def test_whole_recipe_ends_where_one_device_does(name: str, place: str) -> None:
     assert whole(name, place) <= BOUND

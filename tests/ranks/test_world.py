@@ -76,6 +76,7 @@ def impatient(fitting: Trainer) -> None:
 # -- waiting ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_data_may_take_any_time_to_be_prepared(two_ranks: RankPool) -> None:
     def work() -> int:
         fitting = trainer()
@@ -86,6 +87,7 @@ def test_data_may_take_any_time_to_be_prepared(two_ranks: RankPool) -> None:
     assert two_ranks.run(work) == [2, 2]
 
 
+@pytest.mark.full
 def test_a_checkpoint_may_take_any_time_to_be_written_and_to_be_read(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_checkpoint_may_take_any_time_to_be_written_and_to_be_read(
     assert two_ranks.run(work) == [4, 4]
 
 
+@pytest.mark.full
 def test_a_rank_that_does_not_come_is_named_after_the_timeout(two_ranks: RankPool) -> None:
     def work() -> None:
         fitting = trainer()
