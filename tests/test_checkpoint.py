@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from composefit import checkpoint, sharded_checkpoint
+from composefit import checkpoint, saved, sharded_checkpoint
 
 
 class Colour(enum.Enum):
@@ -636,3 +636,15 @@ def test_a_folder_of_the_users_with_the_name_for_the_old_one_is_left_alone(path:
     for step in (1, 2):
         checkpoint.save(path, {"step": step})
     assert files(aside) == ["notes.txt"]
+
+
+def test_what_an_interrupted_replacement_left_aside_is_found_by_its_own_path(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "last.ckpt"
+    checkpoint.save(path, {"step": 3})
+    path.rename(checkpoint.aside_of(path))
+    assert checkpoint.where(path) == checkpoint.aside_of(path)
+    assert saved.load(path)["step"] == 3
+    checkpoint.save(path, {"step": 4})
+    assert saved.load(path)["step"] == 4

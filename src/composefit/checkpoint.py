@@ -258,6 +258,18 @@ def _reads_back(value: object) -> bool:
 # -- whole files -------------------------------------------------------------------------------
 
 
+def aside_of(path: Path) -> Path:
+    """Where a folder, or what a folder takes the place of, is while it is replaced."""
+    return path.with_name(f".{path.name}.previous")
+
+
+def where(path: str | os.PathLike[str]) -> Path:
+    """Where the checkpoint of a path is: aside, if its replacement was interrupted."""
+    given = Path(path)
+    aside = aside_of(given)
+    return aside if aside.exists() and not given.exists() else given
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end, or of nothing if that fails.
@@ -267,7 +279,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     is removed.
 
     A sharded checkpoint, which is a folder, is replaced too, but no other folder is. That takes
-    two renames: who is killed between them leaves it as `.NAME.previous`, where it is looked for.
+    two renames: who is killed between them leaves it as `.NAME.previous`, where
+    `where` finds it.
 
     Yields:
         The file, open for writing bytes.
@@ -277,7 +290,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: from the file system; with every error, what was at `path` before is unchanged.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.previous")
+    aside = aside_of(path)
     moved = False
     file: BinaryIO | None = None
     try:

@@ -19,7 +19,9 @@ def load(path: str | os.PathLike[str], world: World | None = None) -> dict[str, 
     Raises:
         See `composefit.checkpoint.load` and `composefit.sharded_checkpoint.load`.
     """
-    if not os.path.isdir(path):
+    checkpoint.refuse_address(path)
+    path = checkpoint.where(path)
+    if not path.is_dir():
         return checkpoint.load(path)
     # Here, since torch's part of it takes a second to import.
     from composefit import sharded_checkpoint

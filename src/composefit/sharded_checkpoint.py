@@ -55,7 +55,7 @@ Place = Callable[[str, torch.Size, torch.dtype], Tensor]
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
     """Whether there is a sharded checkpoint at a path."""
-    return (_there(Path(path)) / STATE).is_file()
+    return (checkpoint.where(path) / STATE).is_file()
 
 
 def save(
@@ -139,7 +139,7 @@ def load(
     Source: `torch.distributed.checkpoint.load`.
     """
     checkpoint.refuse_address(path)
-    folder = _there(Path(path))
+    folder = checkpoint.where(path)
     content = checkpoint.load(folder / STATE)
     if content.get("composefit_sharded") != FORMAT:
         raise RuntimeError(
@@ -284,7 +284,7 @@ def _complete(temporary: Path, target: Path, content: dict[str, Any]) -> None:
     """Write what belongs to the tensors, and give the folder its name."""
     checkpoint.save(temporary / STATE, content)
     checkpoint._sync_folder(temporary)
-    aside = _aside(target)
+    aside = checkpoint.aside_of(target)
     if target.exists() or target.is_symlink():
         _remove(aside)
         # A folder cannot be replaced in one go: until the next line the old one is found aside.
@@ -292,16 +292,6 @@ def _complete(temporary: Path, target: Path, content: dict[str, Any]) -> None:
     temporary.rename(target)
     checkpoint._sync_folder(target.parent)
     _remove(aside)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
-
-
-def _there(path: Path) -> Path:
-    """Where the checkpoint of a path is: aside, if its replacement was interrupted."""
-    aside = _aside(path)
-    return aside if aside.is_dir() and not path.exists() else path
 
 
 def _remove(path: Path) -> None:

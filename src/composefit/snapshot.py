@@ -264,9 +264,9 @@ def _find(trainer: Trainer, ckpt_path: str | Path) -> Path | None:
     folders = [Path(c.dirpath or trainer.default_root_dir).expanduser() for c in callbacks]
     places = [folder / ModelCheckpoint.LAST for folder in folders]
     places = places or [trainer.default_root_dir / ModelCheckpoint.LAST]
-    there = [place for place in places if place.exists()]
+    there = [place for place in places if checkpoint.where(place).exists()]
     if there:
-        return max(there, key=lambda place: place.stat().st_mtime)
+        return max(there, key=lambda place: checkpoint.where(place).stat().st_mtime)
     if ckpt_path == "auto":
         return None
     raise FileNotFoundError(

@@ -37,7 +37,7 @@ class Grads:
         ```
     """
 
-    __slots__ = ("gradients", "loss")
+    __slots__ = ("_fingerprint", "gradients", "loss")
 
     def __init__(
         self, gradients: Iterable[Tensor | None], loss: Tensor | Loss | None = None
@@ -62,11 +62,13 @@ class Grads:
             loss = as_loss(loss, "the loss of Grads")
             loss = loss.detach()
         self.loss = loss
+        self._fingerprint: Tensor | None = None
 
     def detached(self, parameters: Sequence[Parameter], name: str) -> Gradients:
-        """Without a graph, and found to fit these parameters.
+        """Without a graph, in the parameters' dtypes, and found to fit these parameters.
 
         Raises:
+            TypeError: a gradient of integers.
             ValueError: another number of them, or another shape.
         """
         if len(self.gradients) != len(parameters):
@@ -82,16 +84,22 @@ class Grads:
                     f"gradient {i} of Grads for {name!r} has shape {tuple(gradient.shape)}, its "
                     f"parameter {tuple(parameter.shape)}"
                 )
-            found.append(None if gradient is None else gradient.detach())
+            if gradient is not None and not (gradient.is_floating_point() or gradient.is_complex()):
+                raise TypeError(
+                    f"gradient {i} of Grads for {name!r} is of {gradient.dtype}, its parameter of "
+                    f"{parameter.dtype}: gradients are floating-point numbers"
+                )
+            found.append(None if gradient is None else gradient.detach().to(parameter.dtype))
         return found
 
     def fingerprint(self) -> Tensor:
-        """A number (0-dim, float64) that is another one where a gradient is."""
-        sums = [g.detach().sum(dtype=torch.float64) * (i + 1) for i, g in self._present()]
-        return torch.stack(sums).sum()
-
-    def _present(self) -> list[tuple[int, Tensor]]:
-        return [(i, g) for i, g in enumerate(self.gradients) if g is not None]
+        """A number (0-dim, float64, whole) that is another one where a bit of a gradient is."""
+        if self._fingerprint is None:
+            total = 0
+            for i, gradient in enumerate(self.gradients):
+                total += 0 if gradient is None else (i + 1) * _checksum(gradient.detach())
+            self._fingerprint = torch.tensor(float(total % 2**52), dtype=torch.float64)
+        return self._fingerprint
 
     def __repr__(self) -> str:
         return "gradients"
@@ -178,7 +186,8 @@ class Update(Effect["dict[str, Tensor]"]):
         losses = tuple(
             (name, None if loss is None else kinds(loss)) for name, loss in self.losses.items()
         )
-        return ("Update", losses, self.retain_graph, *(self.functions or ()), *(self.given or ()))
+        of_its_own = (tuple(self.functions or ()), tuple(self.given or ()))
+        return ("Update", losses, self.retain_graph, of_its_own)
 
     def visit(self, shard: ShardView) -> None:
         """Take this shard's gradients."""
@@ -414,6 +423,10 @@ def _parameters(wrt: object) -> list[Parameter]:
             f"{describe(wrt)}: write wrt=module.parameters()"
         )
     parameters: list[Any] = list(found)
+    if len({id(one) for one in parameters}) < len(parameters):
+        raise ValueError(
+            "Gradient(wrt=...) holds a parameter twice (a shared weight?): give each one once"
+        )
     if not parameters:
         raise ValueError("Gradient(wrt=...) expects at least one parameter, got none")
     for one in parameters:
@@ -430,10 +443,32 @@ def _parameters(wrt: object) -> list[Parameter]:
     return parameters
 
 
+# Numbers at a time: a checksum takes some times their memory.
+_CHUNK = 2**20
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of its bits, each weighed by its place; NaN has bits as any other number."""
+    if tensor.is_sparse:
+        tensor = tensor.coalesce()
+        return _checksum(tensor.indices()) + 3 * _checksum(tensor.values())
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    weights = torch.arange(1, min(_CHUNK, len(flat)) + 1, device=flat.device)
+    for i, chunk in enumerate(torch.split(flat, _CHUNK)):
+        total += (i + 1) * (chunk.long() * weights[: len(chunk)]).sum()
+    return int(total.item())
+
+
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Bit by bit, NaN being equal to NaN."""
     if a is None or b is None:
         return a is b
+    if a.layout is not b.layout or a.dtype is not b.dtype:
+        return False
+    if a.is_sparse:
+        a, b = a.coalesce(), b.coalesce()
+        return torch.equal(a.indices(), b.indices()) and _same(a.values(), b.values())
     return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 

@@ -1,4 +1,8 @@
-"""F47 and F48: a rank that raises, dies, leaves or hangs, in a training that launches two ranks."""
+"""F35, F47 to F49, in trainings that launch two ranks.
+
+A rank raises, dies, leaves or hangs; ranks have different numbers of samples; a training goes on in
+another number of processes.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from composefit import LoopModule, Trainer, checkpoint
+from composefit import LoopModule, SingleDevice, Strategy, Trainer, checkpoint
+from composefit.data import PerRank
 from composefit.ranks import PeerFailed
 from composefit.strategies.distributed import Distributed
+from tests.faults.conftest import Tells
+from tests.faults.table import message
 
 # Each launches processes, which takes seconds: all of them with `make laws`.
 pytestmark = pytest.mark.full
@@ -142,7 +149,7 @@ ALL = [
 
 @pytest.mark.parametrize(("how", "rank", "place"), ALL)
 def test_f47_a_rank_that_ends_is_told_first_and_nothing_stays(
-    how: str, rank: int, place: str, tmp_path: Path
+    how: str, rank: int, place: str, tmp_path: Path, tells: Tells
 ) -> None:
     if how == "raises":
         with pytest.raises(Cause, match="the user's own") as own:
@@ -155,19 +162,34 @@ def test_f47_a_rank_that_ends_is_told_first_and_nothing_stays(
             "calls sys.exit": "has ended by itself while others were running: SystemExit: 0",
             "calls os._exit": "has ended its process with exit code 0",
         }
-        with pytest.raises(RuntimeError, match=f"rank {rank} of 2 {words[how]}"):
+        with pytest.raises(RuntimeError, match=f"rank {rank} of 2 {words[how]}") as died:
             run(how, rank, place, tmp_path)
+        if (how, rank, place) == ("is killed", 0, "training"):
+            tells(
+                "all ranks end, and no process is left; an exception is the rank's own, with its "
+                "traceback; otherwise",
+                died.value,
+            )
     assert seconds(tmp_path) < LIMIT
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_f48_a_rank_that_hangs_is_named_with_its_line(rank: int, tmp_path: Path) -> None:
+def test_f48_a_rank_that_hangs_is_named_with_its_line(
+    rank: int, tmp_path: Path, tells: Tells
+) -> None:
     with pytest.raises(PeerFailed, match=f"rank {rank} did not come to .* within 3 s") as caught:
         run("hangs", rank, "training", tmp_path, timeout=3.0)
     (note,) = [one for one in caught.value.__notes__ if one.startswith(f"rank {rank}")]
     assert "in fail" in note
     assert "in training_step" in note
     assert seconds(tmp_path) < LIMIT
+    if rank == 1:
+        tells(
+            caught.value,
+            "with the note",
+            message(note.splitlines()[0]),
+            "and its stack; one that skips an update: both ranks' yields, at once",
+        )
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.full)])
@@ -195,6 +217,150 @@ def test_f47_what_was_saved_before_is_whole_and_goes_on(tmp_path: Path) -> None:
     )
     trainer.fit(Net("", 0, "", tmp_path), loader(), loader(), ckpt_path="auto")
     assert trainer.global_step == 2 * STEPS
+
+
+# -- uneven samples ------------------------------------------------------------------------------
+
+#: Of each rank, its batches' sizes: rank 1 has more of them, and the last step is its own alone.
+UNEVEN = ((3, 1), (4, 5, 2))
+
+
+class Two(LoopModule):
+    """Two networks, of which the second learns from what the first has become in this step."""
+
+    def __init__(self, seen: Path | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(3, 2).double(), nn.Linear(2, 1).double()
+        self.seen = seen
+
+    def configure_optimizers(self) -> Any:
+        return {
+            "a": torch.optim.SGD(self.a.parameters(), lr=0.1),
+            "b": torch.optim.Adam(self.b.parameters(), lr=0.1),
+        }
+
+    def training_step(self, batch: Any) -> Any:
+        (x,) = batch
+        if self.seen is not None:
+            with open(self.seen / str(os.getpid()), "a") as file:
+                file.writelines(f"{value}\n" for value in x[:, 0].tolist())
+        yield {"a": self.b(self.a(x)).square().mean()}
+        yield {"b": (self.b(self.a(x)) - 1).square().mean()}
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val", self.b(self.a(batch[0])).mean())
+
+
+def by_hand(batches: list[Tensor], epochs: int = 2) -> Two:
+    net = Two()
+    a, b = net.configure_optimizers().values()
+    for x in batches * epochs:
+        for optimizer, parameters, target in ((a, net.a, 0), (b, net.b, 1)):
+            loss = (net.b(net.a(x)) - target).square().mean()
+            gradients = torch.autograd.grad(loss, list(parameters.parameters()))
+            for parameter, gradient in zip(parameters.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    return net
+
+
+class Own(IterableDataset[Any]):
+    """The batches of the rank in which it is read; of the only process, those of all."""
+
+    def __init__(self, parts: list[list[Tensor]]) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[Any]:
+        for x in self.parts[torch.distributed.get_rank()]:
+            yield (x,)
+
+
+def fitted(strategy: Strategy, folder: Path, net: Two, *loaders: Any, **options: Any) -> Trainer:
+    trainer = Trainer(
+        strategy=strategy,
+        seed=3,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 2, **options},
+    )
+    trainer.fit(net, *loaders, ckpt_path="auto")
+    return trainer
+
+
+def apart(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def two_processes() -> Strategy:
+    return Distributed(processes=2, accelerator="cpu", timeout=60)
+
+
+def test_f49_ranks_with_other_numbers_of_samples_and_batches_are_exact(
+    tmp_path: Path, tells: Tells
+) -> None:
+    draws = torch.Generator().manual_seed(5)
+    parts = [
+        [torch.randn(size, 3, generator=draws, dtype=torch.float64) for size in sizes]
+        for sizes in UNEVEN
+    ]
+    steps = [torch.cat(own) for own in zip(*parts, strict=False)] + parts[1][2:]
+    net = Two()
+    own = PerRank(DataLoader(Own(parts), batch_size=None))
+    trainer = fitted(two_processes(), tmp_path, net, own, own)
+    expected = by_hand(steps)
+    assert trainer.global_step == 6
+    assert apart(net, expected) < 1e-12
+    mean = expected.b(expected.a(torch.cat(steps))).mean()
+    assert abs(trainer.callback_metrics["val"] - mean) < 1e-12
+    tells(
+        "nothing hangs: trains, and evaluates, as one process on each step's samples of all ranks "
+        "does, to 1e-12; a rank without any takes part with weight zero"
+    )
+
+
+def test_f49_a_batch_with_fewer_rows_than_ranks_is_exact(tmp_path: Path) -> None:
+    draws = torch.Generator().manual_seed(5)
+    x = torch.randn(9, 3, generator=draws, dtype=torch.float64)
+    net = Two()
+    batches = DataLoader(TensorDataset(x), batch_size=4)  # the third has one row
+    trainer = fitted(two_processes(), tmp_path, net, batches, batches)
+    expected = by_hand(list(x.split(4)))
+    assert apart(net, expected) < 1e-12
+    assert abs(trainer.callback_metrics["val"] - expected.b(expected.a(x)).mean()) < 1e-12
+
+
+# -- another number of processes -----------------------------------------------------------------
+
+
+def test_f35_another_number_of_processes_goes_on_with_the_samples_left(
+    tmp_path: Path, tells: Tells
+) -> None:
+    """Stopped in mid-epoch, shuffled; two processes, then one, then two."""
+    draws = torch.Generator().manual_seed(5)
+    x = torch.randn(22, 3, generator=draws, dtype=torch.float64)
+
+    def batches() -> DataLoader[Any]:
+        return DataLoader(TensorDataset(x), batch_size=4, shuffle=True)  # six, the last with two
+
+    through, net = Two(), Two()
+    fitted(SingleDevice("cpu"), tmp_path / "through", through, batches())
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    for strategy, stop in ((two_processes(), 4), (SingleDevice("cpu"), 9), (two_processes(), 12)):
+        net = Two(seen)
+        end = fitted(strategy, tmp_path / "parts", net, batches(), max_steps=stop)
+        assert end.global_step == stop
+    assert apart(net, through) < 1e-10
+    given = [float(line) for path in seen.iterdir() for line in path.read_text().split()]
+    assert sorted(given) == sorted(2 * x[:, 0].tolist())
+    tells(
+        "goes on, on the samples that are left of the epoch, none twice and none lost, to the same "
+        "weights, to 1e-10"
+    )
 
 
 # -- torchrun ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ NUMBERS = [number for entries in table.ENTRIES.values() for number in entries]
 
 
 def test_the_page_has_a_row_for_every_entry_in_order() -> None:
-    expected = [str(i) for i in range(1, 47)]
+    expected = [str(i) for i in range(1, 50)]
     for number, more in (("16", ["16b"]), ("28", ["28b", "28c"])):
         expected[expected.index(number) + 1 : expected.index(number) + 1] = more
     assert expected == NUMBERS
@@ -33,7 +33,7 @@ def test_each_row_is_filled_by_one_test() -> None:
                 calls = [c for c in ast.walk(node) if isinstance(c, ast.Call)]
                 if any(ast.unparse(call.func) == "tells" for call in calls):
                     filled.append(table.number_of(node.name))
-    assert sorted([*filled, *table.UNTOLD]) == sorted(NUMBERS)
+    assert sorted(filled) == sorted(NUMBERS)
 
 
 def test_f1_a_row_of_the_page_that_says_something_else_fails(tells: Tells) -> None:

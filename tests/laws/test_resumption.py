@@ -325,7 +325,7 @@ def sampled() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "strategy", "accumulate"), sampled())
+@pytest.mark.parametrize(("recipe", "strategy", "accumulate"), list(sampled()))
 def test_every_step_by_every_way(recipe: str, strategy: str, accumulate: int) -> None:
     ways = ["exception", "signal", "max_steps", "should_stop", "validation"]
     interval = 2 if accumulate == 1 else 1.0

@@ -400,9 +400,9 @@ MUTANTS = (
     Mutant(
         10,
         "shards that disagree raise",
-        "lockstep/driver.py",
-        "                raise messages.disagreement(shards)",
-        "                pass",
+        "lockstep/messages.py",
+        "            raise disagreement(shards)",
+        "            pass",
         (f"{LOCKSTEP}driver.py::test_shards_that_disagree_raise_with_each_ones_yield",),
     ),
     Mutant(
@@ -548,9 +548,8 @@ MUTANTS = (
         13,
         "every evaluation is clipped",
         "lockstep/stepper.py",
-        "            _set(parameters, found)\n            self._clip(named, parameters)\n"
-        "            return self.loss",
-        "            _set(parameters, found)\n            return self.loss",
+        "        stepper._clip(self.named, self.parameters)\n",
+        "",
         (f"{FUNCTIONS}::test_every_evaluation_is_clipped_and_hooks_run_once",),
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -154,8 +155,12 @@ class StepBarrier:
         """Evaluate a loss that is a function anew, in all shards: the loss and its gradients."""
         lock = self.lock
         effects = [shard.effect for shard in lock.shards]
+        # A graph of before that is recomputed would be so with the weights of now.
+        lock.stale.stepped.append(lock.lanes.leaves(lock.parameters(name)))
         try:
-            lock.each(lambda shard: shard.evaluate_again(name))
+            with nullcontext() if lock.ranks is None else lock.ranks.back_in():
+                lock.each(lambda shard: lock.within_step(shard, shard.evaluate_again, name))
+            messages.refuse_disagreement(lock.shards)
             found = lock.everybodys_effects()
             reduced = lock.backward.reduce([effect.loss_of(name) for effect in found])
             return reduced, self._total(name)[1]

@@ -201,7 +201,7 @@ class Lockstep:
                     if ranks is None:
                         shards[0].advance()
                     else:
-                        self._advance_lone(shards[0])
+                        self.within_step(shards[0], shards[0].advance)
                     effect = shards[0].effect
                 else:
                     self.each(_advance)
@@ -232,14 +232,14 @@ class Lockstep:
             torch._C._set_grad_enabled(enabled)
         return shards if ranks is None else [shard for shard in shards if not shard.spare]
 
-    def _advance_lone(self, shard: Shard) -> None:
-        """Resume a rank's only shard: on the module itself, and yet one of several shards."""
+    def within_step(self, shard: Shard, run: Callable[..., None], *args: Any) -> None:
+        """Run the step's code: a rank's only shard is on the module itself, yet one of several."""
         state = self.owner.__dict__
-        guarded = self.is_loop and shard.replica is None
+        guarded = self.ranks is not None and self.is_loop and shard.replica is None
         if guarded:
             state["_replica"] = True
         try:
-            shard.advance()
+            run(*args)
         finally:
             if guarded:
                 state["_replica"] = False
@@ -505,11 +505,7 @@ class Lockstep:
         """
         shards = self.shards
         effect = shards[0].effect
-        agreement = None if effect is None else effect.agreement()
-        for shard in shards:
-            other = shard.effect
-            if (None if other is None else other.agreement()) != agreement:
-                raise messages.disagreement(shards)
+        messages.refuse_disagreement(shards)
         if self._fingerprint is not None and self._generators.fingerprint() != self._fingerprint:
             raise messages.global_draw()
         for parameter, version in zip(self._parameters, self._versions, strict=True):
@@ -556,6 +552,8 @@ class Lockstep:
         if not isinstance(effect, Update):
             if isinstance(effect, Gradient):
                 self._look_for_foreign_means(effect.losses)
+                if isinstance(effect.wrt, list) and (len(self.shards) > 1 or self.ranks):
+                    guards.refuse_hooks(effect.wrt, "wrt")
             return
         losses = effect.losses
         if self.stepper is None:
@@ -570,6 +568,9 @@ class Lockstep:
             for name in losses:
                 if name not in optimizers:
                     raise unknown_optimizer(name, list(optimizers))
+        if effect.given is not None:
+            for one in effect.given.values():  # made of sharded parameters, perhaps
+                one.gradients = self.lanes.whole_gradients(one.gradients)
         if effect.functions is not None or self.stepper.asks_again:
             self._evaluate(effect, shard)
         self._look_for_foreign_means(losses)
@@ -590,7 +591,7 @@ class Lockstep:
             elif name in self.stepper.closures:
                 if shard.start is None or not shard.done or name in (effect.given or ()):
                     raise messages.loss_must_be_a_function(name, self.stepper.optimizers[name])
-                found[name] = Function(shard, shard.once_more(), shard.start)
+                found[name] = Function(shard, shard.once_more(name), shard.start)
                 effect.functions = {name: found[name]}
 
     def _look_for_foreign_means(self, losses: Mapping[str, Tensor | Loss | None]) -> None:

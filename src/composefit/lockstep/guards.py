@@ -146,6 +146,18 @@ def explain(error: RuntimeError, name: str, updates: Sequence[tuple[str, Place]]
     return error
 
 
+def explain_again(error: Exception, name: str, place: Place) -> Exception:
+    """The same where a loss that is a function was evaluated anew."""
+    text = str(error)
+    if _STALE.search(text) or _FREED.search(text) or isinstance(error, StaleGraphError):
+        return StaleGraphError(
+            f"the loss function of {name!r} goes through what the step has computed before it was "
+            f"yielded ({in_words(place)}), with weights that its optimizer has changed since: "
+            f"compute it within the function. autograd says: {error}"
+        )
+    return error
+
+
 def foreign_mean(loss: Tensor) -> str | None:
     """What a loss averages over where that is not its samples; None where nothing shows it.
 

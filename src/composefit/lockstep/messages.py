@@ -31,6 +31,16 @@ def disagreement(shards: Sequence[Shard]) -> RuntimeError:
     )
 
 
+def refuse_disagreement(shards: Sequence[Shard]) -> None:
+    """Raise where shards stand at different effects."""
+    first = shards[0].effect
+    agreement = None if first is None else first.agreement()
+    for shard in shards:
+        effect = shard.effect
+        if (None if effect is None else effect.agreement()) != agreement:
+            raise disagreement(shards)
+
+
 def global_draw() -> RuntimeError:
     """Shards side by side drew from a generator that has one state for all threads."""
     return RuntimeError(

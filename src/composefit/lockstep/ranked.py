@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -283,6 +283,10 @@ class Ranks:
         with self.attributes.aside():
             yield
         self.buffers.pass_over()
+
+    def back_in(self) -> AbstractContextManager[None]:
+        """Within `at_barrier`: a part of the step runs again."""
+        return self.attributes.back_in() if self.alone else nullcontext()
 
     # -- the end of a step ---------------------------------------------------------------------
 

@@ -324,6 +324,7 @@ class LoneAttributes:
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._of: list[Part] = []
         self._states: list[dict[str, Any]] = []
+        self._aside: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def begin(self) -> None:
         """Before a step."""
@@ -352,17 +353,32 @@ class LoneAttributes:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Around a barrier: its code sees the module without them, and what it sets is kept."""
-        own = self._take()
+        self._aside = self._take()
         try:
             yield
         finally:
             self._note()
-            for state, changes in own:
-                for name, value in changes.items():
-                    if value is _GONE:
-                        state.pop(name, None)
-                    else:
-                        state[name] = value
+            self._put(self._aside)
+            self._aside = []
+
+    @contextmanager
+    def back_in(self) -> Iterator[None]:
+        """Within `aside`: a part of the step runs again, and sees and sets them."""
+        self._note()
+        self._put(self._aside)
+        try:
+            yield
+        finally:
+            self._aside = self._take()
+
+    @staticmethod
+    def _put(own: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        for state, changes in own:
+            for name, value in changes.items():
+                if value is _GONE:
+                    state.pop(name, None)
+                else:
+                    state[name] = value
 
     def _take(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Put the module back as it was; returns what was set, for each module."""

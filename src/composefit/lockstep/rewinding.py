@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from composefit import tree
+from composefit.metric_types import Metric
+from composefit.replicas.buffers import same
 
 if TYPE_CHECKING:
     from composefit.lockstep.shard import Shard
@@ -51,6 +56,34 @@ class Rewinding:
         return found
 
 
+class Beginning(Rewinding):
+    """Where a shard begins a step that may be run again, on the same batch.
+
+    Args:
+        shard: is given its batch in containers of its own.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__(shard)
+        self._batch = shard.batch
+        self._versions = [(tensor, tensor._version) for tensor in tree.tensors(shard.batch)]
+        shard.batch = self.batch()
+
+    def batch(self) -> Any:
+        """The shard's batch in containers of its own.
+
+        Raises:
+            RuntimeError: the step has written into its tensors.
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "training_step writes into its batch (x.mul_(...), say), and is run again by an "
+                "optimizer that evaluates its loss several times: write x = x * ..., or yield a "
+                "function that computes the loss"
+            )
+        return _in_new_containers(self._batch)
+
+
 class Function:
     """A loss that can be evaluated again.
 
@@ -72,9 +105,19 @@ class Function:
         return self.shard.run(self.function)
 
     def again(self) -> Any:
-        """The same from the same start."""
+        """The same from the same start; what it logs and counts is that of its first evaluation."""
         self.start.back()
-        return self()
+        context = self.shard.context
+        logs = dict(context.logs)
+        counted = [
+            _Counted(part) for part in self.shard.module.modules() if isinstance(part, Metric)
+        ]
+        try:
+            return self()
+        finally:
+            context.logs = logs
+            for one in counted:
+                one.put_back()
 
 
 class _Buffers:
@@ -97,6 +140,37 @@ class _Buffers:
             for name, (version, value) in self.values.items():
                 buffer = self.kept[name]
                 assert buffer is not None
-                if buffer._version != version:
+                # Written through .data, its version stays.
+                if buffer._version != version or not same(buffer, value):
                     buffer.copy_(value)
                     self.values[name] = (buffer._version, value)
+
+
+def _in_new_containers(value: Any) -> Any:
+    """The same tensors in dicts and lists of their own, from which a step may take items out."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _in_new_containers(item) for key, item in value.items()})
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(map(_in_new_containers, value))
+    return value
+
+
+class _Counted:
+    """What a metric has counted so far."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        names = (*metric._defaults, "_update_count", "_computed")
+        self.kept = {name: _kept(getattr(metric, name)) for name in names}
+
+    def put_back(self) -> None:
+        vars(self.metric).update(self.kept)
+
+
+def _kept(value: Any) -> Any:
+    """A tensor may be added to in place; to a list something is appended."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value

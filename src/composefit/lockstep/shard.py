@@ -14,12 +14,12 @@ from torch.nn import Parameter
 from composefit.effects import Effect
 from composefit.lockstep import guards
 from composefit.lockstep.guards import Place
-from composefit.lockstep.rewinding import Function, Rewinding
+from composefit.lockstep.rewinding import Beginning, Function
 from composefit.logged import Context
 from composefit.losses import Loss
 from composefit.random import SampleRandom
 from composefit.replicas import Replica
-from composefit.steps import Helper, as_effect, dropped_helper, watch_helpers
+from composefit.steps import ONLY, Helper, as_effect, dropped_helper, watch_helpers
 from composefit.updates import Update
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Shard:
         self.draws = draws
         self.lane = 0
         self.functions: dict[str, Function] | None = None
-        self.start: Rewinding | None = None
+        self.start: Beginning | None = None
         self.begin(0, None, 0, None, index)
 
     def begin(
@@ -131,7 +131,7 @@ class Shard:
                     value = self.generator.send(self.result)
                 else:
                     if lock.reruns:
-                        self.start = Rewinding(self)
+                        self.start = Beginning(self)
                     step = lock.body.of(self.module)
                     takes_batch_alone = lock.body.takes == 1
                     value = step(self.batch) if takes_batch_alone else step(*self._arguments())
@@ -192,12 +192,16 @@ class Shard:
         """As many as the step declares."""
         return (self.batch, self.batch_idx, self.lock.dataloader_idx)[: self.lock.body.takes]
 
-    def once_more(self) -> Callable[[], Any]:
+    def once_more(self, name: str) -> Callable[[], Any]:
         """A function that runs a step which returns its loss again, and gives the loss."""
+        start = self.start
+        assert start is not None
 
         def loss() -> Any:
-            value = self.lock.body.of(self.module)(*self._arguments())
-            return value["loss"] if isinstance(value, dict) and "loss" in value else value
+            self.batch = start.batch()
+            effect = as_effect(self.lock.body.of(self.module)(*self._arguments()), True)
+            losses = effect.losses if isinstance(effect, Update) else {}
+            return losses.get(name, losses.get(ONLY))
 
         return loss
 
@@ -207,10 +211,16 @@ class Shard:
         enabled = torch.is_grad_enabled()
         with self.draws or nullcontext(), lock.autocast() or nullcontext():
             torch._C._set_grad_enabled(lock.body.training)
+            before = lock.modes()
             try:
                 value = function()
+            except StopIteration as stop:
+                raise _stray("a loss function", stop) from stop
             finally:
+                after = lock.modes()
                 torch._C._set_grad_enabled(enabled)
+        if after != before:
+            raise guards.left_open(before, after)
         if isinstance(value, (GeneratorType, Helper)):
             raise TypeError(
                 "a loss function yields, and nobody would see its effects: yield before the update "
@@ -222,11 +232,17 @@ class Shard:
         """Take the gradients of a loss that is a function anew."""
         assert self.functions is not None
         function = self.functions[name]
-        effect = self.effect = Update({name: function.again()})
-        effect.functions = {name: function}  # it is asked again: what it shares must live
-        if self.meets is not None:
-            self.meets.meet([effect])
-        effect.visit(self)
+        try:
+            effect = self.effect = Update({name: function.again()})
+            effect.functions = {name: function}  # it is asked again: what it shares must live
+            if self.meets is not None:
+                self.meets.meet([effect])
+            effect.visit(self)
+        except Exception as error:
+            explained = guards.explain_again(error, name, self.place())
+            if explained is not error:
+                explained.__cause__ = error
+            self.blame(explained)
 
     def blame(self, error: BaseException) -> None:
         """Raise an error with the user's yield in its traceback, by throwing it in there."""

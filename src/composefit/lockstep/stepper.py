@@ -129,6 +129,7 @@ class Stepper:
         scale = self.scale(key)
         if scale is None:
             return
+        _coalesce_(found)
         self._check(self._values(found), self.found, scale.inverse())
         self.places.agree_found_(self.found)
         scale.adapt(self.found)
@@ -169,7 +170,12 @@ class Stepper:
             return False
         for name, (parameters, found) in totals.items():
             self.loss = losses.get(name)
-            self._apply(name, parameters, found, again.get(name) if again else None, step)
+            try:
+                self._apply(name, parameters, found, again.get(name) if again else None, step)
+            except _TooFar:
+                if self.on_nonfinite == "raise":
+                    raise
+                self.left_out[name] += 1
         return True
 
     def _apply(
@@ -204,11 +210,25 @@ class Stepper:
     def _step_asking(
         self, named: NamedOptimizer, parameters: list[Parameter], again: Again, step: int
     ) -> None:
-        """Step an optimizer that may evaluate its loss again; after an error all is as before."""
+        """Step an optimizer that may evaluate its loss again; after an error all is as before.
+
+        Raises:
+            FloatingPointError: a later evaluation was not finite, and so are the weights now.
+        """
         before = [p.detach().clone() for p in parameters]
+        asking = _Asking(self, named, parameters, again)
         try:
-            self.step(named.optimizer, self._closure(named, parameters, again, step))
+            self.step(named.optimizer, asking)
+            if asking.lost is not None and self.on_nonfinite != "ignore":
+                self._check(self._values(list(parameters)), self.found, self.one)
+                self.places.agree_found_(self.found)
+                lost = bool(self.found.item())
+                self.found.zero_()
+                if lost:
+                    raise self._went_too_far(named, asking.lost, step)
         except BaseException as error:
+            if not asking.asked:  # as any other optimizer
+                raise
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
@@ -222,42 +242,21 @@ class Stepper:
             )
             raise
 
+    def _went_too_far(self, named: NamedOptimizer, loss: Tensor, step: int) -> FloatingPointError:
+        searches = any(group.get("line_search_fn") for group in named.optimizer.param_groups)
+        hint = "" if searches else ', or give it a line search (line_search_fn="strong_wolfe")'
+        return _TooFar(
+            f"the loss of {named.name!r} in step {step} is not finite where "
+            f"{type(named.optimizer).__name__} has evaluated it anew: {loss:.4g}. It has gone too "
+            f"far: lower its learning rate{hint}"
+        )
+
     def _clip(self, named: NamedOptimizer, parameters: list[Parameter]) -> None:
         limit, algorithm = named.gradient_clip_val, named.gradient_clip_algorithm
         if self.clipped is not None:
             self.clipped(named.optimizer, limit, algorithm)
         elif limit is not None:
             self.places.clip(parameters, limit, algorithm)
-
-    def _closure(
-        self, named: NamedOptimizer, parameters: list[Parameter], again: Again, step: int
-    ) -> Callable[[], Tensor]:
-        """What an optimizer calls: first for the loss that is there, then for new ones."""
-        name, first = named.name, self.loss
-        assert first is not None
-        waiting = [first]
-
-        def closure() -> Tensor:
-            if waiting:
-                return waiting.pop()
-            # What the optimizer has written since, other ranks' copies have not.
-            changed = [p for p in parameters if p.grad is not None]
-            torch.autograd.graph.increment_version(changed)
-            self.places.stepped(changed)
-            self.loss, found = again()
-            totals = {name: (parameters, found)}
-            if self.on_nonfinite == "raise" and not self._is_finite(totals, {name: self.loss}):
-                raise FloatingPointError(
-                    f"the loss of {name!r} in step {step} is not finite where "
-                    f"{type(named.optimizer).__name__} has evaluated it anew: {self.loss:.4g}. It "
-                    "has gone too far: lower its learning rate, or give it a line search "
-                    '(line_search_fn="strong_wolfe")'
-                )
-            _set(parameters, found)
-            self._clip(named, parameters)
-            return self.loss
-
-        return closure
 
     # -- finite? -------------------------------------------------------------------------------
 
@@ -359,9 +358,7 @@ class Stepper:
     ) -> bool:
         """Divide by the loss scales; where anything is infinite, skip all and lower the scales."""
         for name, (_, found) in totals.items():
-            for i, gradient in enumerate(found):
-                if gradient is not None and gradient.is_sparse:
-                    found[i] = gradient.coalesce()  # the values would be a copy's otherwise
+            _coalesce_(found)
             inverse = self.one if name in given else self.scales[name].inverse()
             self._check(self._values(found), self.found, inverse)
         self.places.agree_found_(self.found)
@@ -372,6 +369,13 @@ class Stepper:
         return finite
 
 
+def _coalesce_(found: Gradients) -> None:
+    """Make the values of sparse gradients their own: those of a copy would be written otherwise."""
+    for i, gradient in enumerate(found):
+        if gradient is not None and gradient.is_sparse:
+            found[i] = gradient.coalesce()
+
+
 def _set(parameters: list[Parameter], found: Gradients) -> None:
     """Give parameters their total gradients."""
     for parameter, gradient in zip(parameters, found, strict=True):
@@ -379,6 +383,53 @@ def _set(parameters: list[Parameter], found: Gradients) -> None:
         if parameter._post_accumulate_grad_hooks and gradient is not None:
             for hook in parameter._post_accumulate_grad_hooks.values():
                 hook(parameter)
+
+
+class _TooFar(FloatingPointError):
+    """An optimizer has evaluated its loss where it is not finite, and stayed there."""
+
+
+class _Asking:
+    """What an optimizer calls: first for the loss that is there, then for new ones.
+
+    Attributes:
+        asked: the loss was evaluated anew.
+        lost: a loss of those that was not finite.
+    """
+
+    def __init__(
+        self, stepper: Stepper, named: NamedOptimizer, parameters: list[Parameter], again: Again
+    ) -> None:
+        self.stepper = stepper
+        self.named = named
+        self.parameters = parameters
+        self.again = again
+        self.asked = False
+        self.lost: Tensor | None = None
+        # As long as weights and gradients are these, the loss that is there is theirs.
+        self._first: list[tuple[Parameter, int, Tensor | None]] | None = [
+            (p, p._version, p.grad) for p in parameters
+        ]
+
+    def __call__(self) -> Tensor:
+        stepper = self.stepper
+        first, self._first = self._first, None
+        if first is not None and all(p._version == v and p.grad is g for p, v, g in first):
+            assert stepper.loss is not None
+            return stepper.loss
+        self.asked = True
+        # What the optimizer has written since, other ranks' copies have not.
+        torch.autograd.graph.increment_version(self.parameters)
+        stepper.places.stepped(self.parameters)
+        loss, found = self.again()
+        stepper.loss = loss
+        if not stepper._is_finite(
+            {self.named.name: (self.parameters, found)}, {self.named.name: loss}
+        ):
+            self.lost = loss
+        _set(self.parameters, found)
+        stepper._clip(self.named, self.parameters)
+        return loss
 
 
 class LateCheck:
