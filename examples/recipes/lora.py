@@ -109,7 +109,7 @@ def main(strategy: Where = "auto", devices: int | str = "auto", quick: bool = Fa
     module, train = build(quick)
     trainer(strategy, devices, max_steps=4 if quick else 120).fit(module, batches(code()))
     add_lora(module.model)
-    fitter = trainer(strategy, devices, max_steps=4 if quick else 120)
+    fitter = trainer(strategy, devices, max_steps=4 if quick else 240)
     test = batches(prose()[: 100 if quick else 1000])
     return measure(fitter, module, train, test, "bits a character", at_most=3.5)
 
