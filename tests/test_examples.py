@@ -37,8 +37,8 @@ FIGURES = {
 }
 # They bring an environment, a loop of their own, or a model and its data.
 LONG = {"k_fold", "actor_critic", "fsdp_language_model"}
-# They launch processes: in full with `make laws`.
-LAUNCHING = {"distributed_gan", "fsdp_language_model"}
+# As their users run them, in every run of the tests; all of them with `make laws`.
+ALWAYS = {"data_parallel_gan_training", "k_fold"}
 STRATEGIES = {"single": lambda: SingleDevice("cpu"), "threads": lambda: ThreadDataParallel(2)}
 
 
@@ -72,7 +72,7 @@ def test_example_runs(name: str, fresh_imports: None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.full if name in LAUNCHING else ()) for name in EXAMPLES],
+    [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.full) for name in EXAMPLES],
 )
 def test_example_learns_as_its_user_runs_it(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -366,6 +366,7 @@ def test_what_comes_back_from_an_effect_is_typed(checked: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("types")
 @pytest.mark.xdist_group("types")
 def test_what_a_step_may_not_yield_is_an_error(checked: list[str]) -> None:
     errors = [line for line in checked if "forms.py" in line and ": error:" in line]

@@ -34,7 +34,7 @@ def compare(recipe: Recipe, sizes: list[int], strategy: Strategy, **changed: Any
     return assert_same_training(make, recipe.batches(sizes), [strategy], by_hand, **arguments)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", ["ragged", pytest.param("even", marks=pytest.mark.full)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_parameters_are_those_of_the_loop_by_hand(name: str, strategy: str, sizes: str) -> None:

@@ -1,4 +1,4 @@
-"""Jobs of several ranks, kept for the tests of a module: other tests look for left processes."""
+"""Jobs of several ranks, kept for the tests of a folder: other tests look for left processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.ranks.pool import RankPool, closing_pools, pool
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def _pools() -> Iterator[None]:
     with closing_pools():
         yield
