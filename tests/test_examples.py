@@ -367,7 +367,6 @@ def test_what_comes_back_from_an_effect_is_typed(checked: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("types")
-@pytest.mark.xdist_group("types")
 def test_what_a_step_may_not_yield_is_an_error(checked: list[str]) -> None:
     errors = [line for line in checked if "forms.py" in line and ": error:" in line]
     assert ["[misc]" in errors[0], "[call-overload]" in errors[1], len(errors)] == [True, True, 2]

@@ -551,7 +551,8 @@ class Lockstep:
         """Make an update complete: names are those of optimizers, functions become losses."""
         if not isinstance(effect, Update):
             if isinstance(effect, Gradient):
-                self._look_for_foreign_means(effect.losses)
+                if self._first:
+                    self._look_for_foreign_means(effect.losses)
                 if isinstance(effect.wrt, list) and (len(self.shards) > 1 or self.ranks):
                     guards.refuse_hooks(effect.wrt, "wrt")
             return
@@ -573,7 +574,8 @@ class Lockstep:
                 one.gradients = self.lanes.whole_gradients(one.gradients)
         if effect.functions is not None or self.stepper.asks_again:
             self._evaluate(effect, shard)
-        self._look_for_foreign_means(losses)
+        if self._first:
+            self._look_for_foreign_means(losses)
 
     def _evaluate(self, effect: Update, shard: Shard) -> None:
         """Losses that are functions, or may be asked for again: evaluate them for the first time.
@@ -595,7 +597,7 @@ class Lockstep:
                 effect.functions = {name: found[name]}
 
     def _look_for_foreign_means(self, losses: Mapping[str, Tensor | Loss | None]) -> None:
-        if self._first and (len(self.shards) > 1 or self.ranks is not None):
+        if len(self.shards) > 1 or self.ranks is not None:
             present = [loss for loss in losses.values() if loss is not None]
             self._foreign_means.extend(guards.foreign_means(present))
 

@@ -71,6 +71,7 @@ class Stepper:
     Attributes:
         loss: the reduced loss of the optimizer that steps; None where there is none.
         closures: the optimizers that ask for their loss several times: `torch.optim.LBFGS`.
+        asks_again: whether there are any.
         updates: name -> how often it was updated.
         left_out: name -> how many of its updates were not finite and left out.
     """
@@ -89,6 +90,7 @@ class Stepper:
         self.module = module
         self.optimizers = dict(optimizers)
         self.closures = {n for n, one in optimizers.items() if needs_closure(one.optimizer)}
+        self.asks_again = bool(self.closures)
         self.places = places
         device = places.device
         self.scales: dict[str, LossScale] = {}
@@ -106,11 +108,6 @@ class Stepper:
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.found = torch.zeros((), dtype=torch.float32, device=device)
         self.late: dict[str, LateCheck] = {}
-
-    @property
-    def asks_again(self) -> bool:
-        """Whether there is an optimizer that asks for its loss several times."""
-        return bool(self.closures)
 
     def scale(self, key: str) -> LossScale | None:
         """The loss scale of an optimizer, or of other gradients that a step asks for; if any."""
@@ -269,23 +266,19 @@ class Stepper:
         if not self.on_cpu:
             return self._finite_late(totals, step)
         for name, (parameters, found) in totals.items():
-            if not self._is_finite({name: (parameters, found)}, losses):
+            if not self._is_finite(found, losses.get(name)):
                 if self.on_nonfinite == "skip":
                     return False
                 raise self._error(name, parameters, found, losses.get(name), step)
         return True
 
-    def _is_finite(
-        self, totals: dict[str, tuple[list[Parameter], Gradients]], losses: dict[str, Tensor]
-    ) -> bool:
-        """Whether these gradients and losses are; waits for the device."""
-        for name, (_, found) in totals.items():
-            self._check(self._values(found), self.found, self.one)
-            self.places.agree_found_(self.found)
-            loss = losses.get(name)
-            if self.found.item() or not (loss is None or math.isfinite(loss.item())):
-                self.found.zero_()
-                return False
+    def _is_finite(self, found: Gradients, loss: Tensor | None) -> bool:
+        """Whether these gradients and their loss are; waits for the device."""
+        self._check(self._values(found), self.found, self.one)
+        self.places.agree_found_(self.found)
+        if self.found.item() or not (loss is None or math.isfinite(loss.item())):
+            self.found.zero_()
+            return False
         return True
 
     def _values(self, found: Gradients) -> list[Tensor]:
@@ -423,9 +416,7 @@ class _Asking:
         stepper.places.stepped(self.parameters)
         loss, found = self.again()
         stepper.loss = loss
-        if not stepper._is_finite(
-            {self.named.name: (self.parameters, found)}, {self.named.name: loss}
-        ):
+        if not stepper._is_finite(found, loss):
             self.lost = loss
         _set(self.parameters, found)
         stepper._clip(self.named, self.parameters)
