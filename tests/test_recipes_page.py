@@ -140,6 +140,7 @@ def test_picture_is_asked_for_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, path = example("sac"), tmp_path / "sac.png"
+    monkeypatch.syspath_prepend(ROOT / "examples" / "recipes")  # as Python does for a script
     arguments = ["--strategy", "single", "--devices", "1", "--quick", "--picture", str(path)]
     monkeypatch.setattr(sys, "argv", ["sac.py", *arguments])
     with pytest.raises(SystemExit) as ended:
