@@ -20,7 +20,7 @@ from composefit.logs import Logs
 from composefit.metric_types import Metric
 from composefit.module import LoopModule
 from composefit.ranks import World
-from composefit.replicas import RankMetrics
+from composefit.replicas import MetricState, RankMetrics
 from composefit.seeding import global_states, restore_global_states
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Evaluation:
         modes = {part: part.training for part in module.modules()}
         if self._metrics is not None:  # what training has counted by now is not this one's part
             self._metrics.join()
-        metrics = [_Metric(part) for part in modes if isinstance(part, Metric)]
+        metrics = [MetricState(part) for part in modes if isinstance(part, Metric)]
         generators = global_states()
         module.eval()
         self._name, self._suffix = name, ""
@@ -126,7 +126,7 @@ class Evaluation:
         if driver is not None and driver.ranks is not None:
             driver.ranks.finish()
 
-    def _put_back(self, metrics: list[_Metric]) -> None:
+    def _put_back(self, metrics: list[MetricState]) -> None:
         for one in metrics:
             one.put_back()
         if self._metrics is not None:
@@ -231,26 +231,6 @@ class Evaluation:
             for one in own:
                 one[name] = value
         return found
-
-
-class _Metric:
-    """The state of a metric before an evaluation."""
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self.states = {name: _copied(getattr(metric, name)) for name in metric._defaults}
-        self.updates = metric._update_count
-
-    def put_back(self) -> None:
-        for name, value in self.states.items():
-            setattr(self.metric, name, value)
-        self.metric._update_count = self.updates
-        self.metric._computed = None
-
-
-def _copied(state: Any) -> Any:
-    """A tensor may be added to in place; to a list something is appended."""
-    return state.clone() if isinstance(state, Tensor) else list(state)
 
 
 def _travelling(tensor: Tensor) -> Tensor:

@@ -212,11 +212,7 @@ class Update(Effect["dict[str, Tensor]"]):
 
     def of_another_rank(self, values: Sequence[Any]) -> Update:
         """With its totals and weights, and the fingerprints of its gradients."""
-        left, losses = list(values), dict(self.losses)
-        for name, loss in self.losses.items():
-            if loss is not None:
-                own, left = left[: (count := len(numbers_of(loss)))], left[count:]
-                losses[name] = with_numbers(loss, own)
+        losses, left = _with_values(self.losses, values)
         other = type(self).__new__(type(self))
         other.losses, other.retain_graph = losses, self.retain_graph
         other.functions = self.functions
@@ -349,11 +345,7 @@ class Gradient(Effect["dict[str, Gradients]"]):
 
     def of_another_rank(self, values: Sequence[Any]) -> Gradient:
         """With its totals and weights."""
-        left, losses = list(values), {}
-        for key, loss in self.losses.items():
-            own, left = left[: (count := len(numbers_of(loss)))], left[count:]
-            losses[key] = with_numbers(loss, own)
-        return Gradient(losses, self.wrt)
+        return Gradient(_with_values(self.losses, values)[0], self.wrt)
 
     def loss_of(self, key: str) -> Tensor | Loss:
         """The loss under this key."""
@@ -412,6 +404,21 @@ class LossAndGradient(Gradient):
 
     def __repr__(self) -> str:
         return "a loss"
+
+
+def _with_values(
+    losses: Mapping[str, Any], values: Sequence[Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """Losses of the same terms with the numbers that another rank told, and what is left of these.
+
+    None stays where an update has no loss.
+    """
+    left, found = list(values), dict(losses)
+    for name, loss in losses.items():
+        if loss is not None:
+            own, left = left[: (count := len(numbers_of(loss)))], left[count:]
+            found[name] = with_numbers(loss, own)
+    return found, left
 
 
 def _parameters(wrt: object) -> list[Parameter]:

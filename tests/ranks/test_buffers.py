@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from composefit import Distributed, LoopModule, Mean, Once, SingleDevice, Strategy, Trainer
+from composefit import LoopModule, Mean, Once, SingleDevice, Strategy
 from tests.ranks.pool import RankPool
+from tests.ranks.test_steps import strategy, trainer
 
 # Functions that run in ranks are sent there whole, so they build what they need themselves.
 
@@ -50,23 +51,6 @@ class Net(LoopModule):
         return torch.optim.SGD(self.child.parameters(), lr=0.1)
 
 
-def distributed() -> Distributed:
-    return Distributed(accelerator="cpu", timeout=30)
-
-
-def trainer(strategy: Strategy, **arguments: Any) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "num_sanity_val_steps": 0,
-        "seed": 0,
-        "max_epochs": 1,
-    }
-    return Trainer(strategy=strategy, **{**quiet, **arguments})
-
-
 def data(*sizes: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(size, 3, dtype=torch.float64, generator=generator) for size in sizes]
@@ -75,7 +59,7 @@ def data(*sizes: int) -> list[Tensor]:
 def error_of(step: Callable[..., Any], *sizes: int, **arguments: Any) -> tuple[str, int]:
     """What a fit raises, and how many steps it has done."""
     validation = arguments.pop("validation", None)
-    fitting = trainer(distributed(), **arguments)
+    fitting = trainer(strategy(), **arguments)
     val = {} if validation is None else {"val_dataloaders": data(8, 8)}
     try:
         fitting.fit(Net(step, validation), data(*sizes), **val)
@@ -226,7 +210,7 @@ def test_what_is_written_alike_is_fine_however_a_rank_is_cut(two_ranks: RankPool
         return {name: value.clone() for name, value in module.state_dict().items()}
 
     def work() -> Any:
-        return fit(distributed())
+        return fit(strategy())
 
     expected = fit(SingleDevice("cpu", shards=2))
     for found in two_ranks.run(work):
@@ -244,7 +228,7 @@ def test_a_rank_without_samples_takes_over_what_the_others_have_written(
             return self.child(x)
 
         module = Net(step)
-        trainer(distributed()).fit(module, data(1, 4, 1, 1, 4))
+        trainer(strategy()).fit(module, data(1, 4, 1, 1, 4))
         return float(module.child.seen)
 
     assert two_ranks.run(work) == [5.0, 5.0]
@@ -272,7 +256,7 @@ def test_a_queue_that_once_writes_is_not_read_again_to_be_compared(two_ranks: Ra
 
         ranked_state._crc = counting  # type: ignore[assignment]
         try:
-            trainer(distributed()).fit(Net(step), data(*[8] * 15))
+            trainer(strategy()).fit(Net(step), data(*[8] * 15))
         finally:
             ranked_state._crc = checksum
         return len(read)
@@ -303,7 +287,7 @@ def test_modules_are_walked_again_only_where_one_has_come(two_ranks: RankPool) -
         ranked_state.Part.__init__ = counting  # type: ignore[method-assign]
         try:
             module = Net(step)
-            trainer(distributed()).fit(module, data(*[8] * 12))
+            trainer(strategy()).fit(module, data(*[8] * 12))
         finally:
             ranked_state.Part.__init__ = before  # type: ignore[method-assign]
         return made, module.child.late.running_mean
@@ -333,7 +317,7 @@ def test_an_attribute_that_a_child_sets_is_gone_after_the_step(
             yield self.child(x)
 
         module = Net(step)
-        trainer(distributed(), microbatch_size=microbatch).fit(module, data(4, 6))
+        trainer(strategy(), microbatch_size=microbatch).fit(module, data(4, 6))
         return set(seen), module.child.last, hasattr(module.child, "new")
 
     for found in two_ranks.run(work):
@@ -359,7 +343,7 @@ def test_what_code_at_a_barrier_sets_stays(two_ranks: RankPool) -> None:
 
         saw: list[Any] = []
         module = Hooked(step)
-        trainer(distributed()).fit(module, data(8, 8))
+        trainer(strategy()).fit(module, data(8, 8))
         return saw, module.child.last, module.child.kept, module.child.updates
 
     for found in two_ranks.run(work):
@@ -377,7 +361,7 @@ def test_a_metric_keeps_what_it_has_counted(two_ranks: RankPool) -> None:
 
         module = Net(step)
         module.mean = MeanMetric()
-        fitting = trainer(distributed())
+        fitting = trainer(strategy())
         fitting.fit(module, data(8, 6))
         return float(fitting.callback_metrics["mean"])
 

@@ -340,14 +340,9 @@ class _Check:
 
     def _traced(self, batch: Any, exact: bool) -> tuple[dict[str, list[Event]], set[torch.dtype]]:
         """What the losses of each optimizer depend on, in the first of two shards; its dtypes."""
-
-        def tracer(module: nn.Module, part: Any, samples: int) -> Trace:
-            group = getattr(module, "samples_per_group", 1)
-            return Trace(samples // group, part, module, getattr(module, "batch_dim", 0))
-
-        recording = self.runs.traced(batch, tracer, exact)
+        recording = self.runs.traced(batch, Trace.of_shard, exact)
         if recording.error is not None and not exact:
-            recording = self.runs.traced(batch, tracer, exact=True)
+            recording = self.runs.traced(batch, Trace.of_shard, exact=True)
         first = recording.shards[0]
         found: dict[str, list[Event]] = {}
         for taken in first.taken:

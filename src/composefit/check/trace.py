@@ -100,6 +100,12 @@ class Trace(TorchDispatchMode):
         True
     """
 
+    @classmethod
+    def of_shard(cls, module: nn.Module, part: Any, samples: int) -> Trace:
+        """Of a shard of so many samples, as its module counts them."""
+        group = getattr(module, "samples_per_group", 1)
+        return cls(samples // group, part, module, getattr(module, "batch_dim", 0))
+
     def __init__(
         self, samples: int, batch: Any = None, module: nn.Module | None = None, dim: int = 0
     ) -> None:

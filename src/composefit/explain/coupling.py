@@ -70,11 +70,6 @@ def _events(
     device: torch.device,
 ) -> list[Event]:
     """What the losses depend on; nothing where the step cannot be run in two shards."""
-
-    def tracer(replica: nn.Module, part: Any, samples: int) -> Trace:
-        group = getattr(replica, "samples_per_group", 1)
-        return Trace(samples // group, part, replica, getattr(replica, "batch_dim", 0))
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the step warns of, it has warned of before
         traced = record(
@@ -84,7 +79,7 @@ def _events(
             SingleDevice(device, shards=2),
             precision=precision,
             scatter=unevenly,
-            tracer=tracer,
+            tracer=Trace.of_shard,
         )
     if traced.error is not None or not traced.shards:
         return []

@@ -72,15 +72,12 @@ class StepBarrier:
         """Step the named optimizers with the gradients taken or given; the reduced losses."""
         lock = self.lock
         assert lock.stepper is not None
-        if given:
-            reduced = {n: lock.backward.reduce(c) for n, c in losses.items() if c[0] is not None}
-            totals = {
-                name: self._given(name, given[name]) if name in given else self._total(name)
-                for name in losses
-            }
-        else:
-            reduced = {name: lock.backward.reduce(column) for name, column in losses.items()}
-            totals = {name: self._total(name) for name in losses}
+        given = given or {}
+        reduced = {n: lock.backward.reduce(c) for n, c in losses.items() if c[0] is not None}
+        totals = {
+            name: self._given(name, given[name]) if name in given else self._total(name)
+            for name in losses
+        }
         for name, (_, found) in totals.items():
             for gradient in found:
                 if gradient is not None:
@@ -88,7 +85,7 @@ class StepBarrier:
             else:
                 raise messages.no_path(name, lock.body.name)
         again = {n: partial(self._again, n) for n in functions} if functions else None
-        if lock.stepper.update(totals, reduced, lock.number, again, given or ()):
+        if lock.stepper.update(totals, reduced, lock.number, again, given.keys()):
             place = lock.shards[0].place()
             for name, (parameters, _) in totals.items():
                 lock.stale.stepped.append(lock.lanes.leaves(parameters))

@@ -21,7 +21,6 @@ from composefit.lockstep.scatter import (
     counts_its_own_way,
     cuts_its_own_way,
     rows_of,
-    scatter,
 )
 from composefit.losses import Loss
 from composefit.module import LoopModule
@@ -103,7 +102,7 @@ class Ranks:
         for n, (row, by_rank) in enumerate(zip(rows, sizes, strict=True)):
             batch = move(row.batch, lock.device, lock.precision.dtype)
             mine = by_rank[world.rank]
-            own = scatter(owner, batch, first + n, lock.lanes.lanes, lock.microbatch)
+            own = lock.scatter(owner, batch, first + n, lock.lanes.lanes, lock.microbatch)
             if mine and len(own) == 1:
                 own = [own[0]._replace(samples=mine)]
             spare = own[0]._replace(spare=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from composefit import tree
 from composefit.metric_types import Metric
+from composefit.replicas import MetricState
 from composefit.replicas.buffers import same
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Function:
         context = self.shard.context
         logs = dict(context.logs)
         counted = [
-            _Counted(part) for part in self.shard.module.modules() if isinstance(part, Metric)
+            MetricState(part) for part in self.shard.module.modules() if isinstance(part, Metric)
         ]
         try:
             return self()
@@ -155,22 +156,3 @@ def _in_new_containers(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_in_new_containers, value))
     return value
-
-
-class _Counted:
-    """What a metric has counted so far."""
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        names = (*metric._defaults, "_update_count", "_computed")
-        self.kept = {name: _kept(getattr(metric, name)) for name in names}
-
-    def put_back(self) -> None:
-        vars(self.metric).update(self.kept)
-
-
-def _kept(value: Any) -> Any:
-    """A tensor may be added to in place; to a list something is appended."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return list(value) if isinstance(value, list) else value

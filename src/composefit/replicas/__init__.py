@@ -18,9 +18,17 @@ are attributes are copied, one level deep: ``self.outputs.append(...)`` reaches 
 """
 
 from composefit.replicas.merging import differing_buffer, merge
-from composefit.replicas.metrics import RankMetrics
+from composefit.replicas.metrics import MetricState, RankMetrics
 from composefit.replicas.naming import path_of
 from composefit.replicas.replica import Replica
 from composefit.replicas.twin import statistics_of
 
-__all__ = ["RankMetrics", "Replica", "differing_buffer", "merge", "path_of", "statistics_of"]
+__all__ = [
+    "MetricState",
+    "RankMetrics",
+    "Replica",
+    "differing_buffer",
+    "merge",
+    "path_of",
+    "statistics_of",
+]

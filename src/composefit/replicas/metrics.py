@@ -184,6 +184,27 @@ class _Part:
     settled: dict[str, Any]
 
 
+class MetricState:
+    """What a metric has counted so far, to be put back later."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.states = {name: _copied(state) for name, state in _states(metric).items()}
+
+    def put_back(self) -> None:
+        """Forget what it has counted since."""
+        for name, value in self.states.items():
+            setattr(self.metric, name, value)
+        self.metric._computed = None
+
+
+def _copied(state: Any) -> Any:
+    """A tensor may be added to in place; to a list something is appended."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    return list(state) if isinstance(state, list) else state
+
+
 class RankMetrics:
     """The metrics of a module in a run of several ranks: apart within steps, whole in between.
 
